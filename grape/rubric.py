@@ -1,0 +1,184 @@
+"""What a good response is: the rubric of one category, read strictly from YAML."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from grape import resources
+from grape.errors import ConfigError, invalid, known
+from grape.item import Calibrate, Extensible, Gate, Item, distinct_ids, flatten, paths
+from grape.types import Message, Name, Outcome
+
+Formula = Literal["grape", "normalized", "weighted", "points"]
+
+
+class Case(Extensible):
+    """A unit test of the rubric: a row and what its items must score."""
+
+    question: str | list[Message]
+    response: str
+    reference: str | None = None
+    tests: str | None = None
+    entry_point: str | None = None
+    items: list[Item] = []
+    metadata: dict[str, Any] = {}
+    expect: Annotated[dict[str, Annotated[float, Field(ge=0, le=1)] | str], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _expectations(self) -> Case:
+        for item, expected in self.expect.items():
+            if isinstance(expected, str):
+                try:
+                    bounds(expected)
+                except ValueError as error:
+                    raise ValueError(f".expect.{item}: {error}") from None
+        return self
+
+
+def bounds(expected: str | float) -> Outcome | tuple[float, float]:
+    """What a case expects: an outcome, or the least and the greatest score that pass."""
+    if not isinstance(expected, str):
+        return (expected, expected)
+    text = expected.strip()
+    if text in set(Outcome):
+        return Outcome(text)
+    for sign, low, high in ((">=", 0, 1), ("<=", 1, 0)):
+        if text.startswith(sign):
+            number = float(text[2:])
+            if 0 <= number <= 1:
+                return (number, 1.0) if low < high else (0.0, number)
+    raise ValueError(
+        f"{expected!r} is neither a number from 0 to 1, nor >= or <= and one, nor one of {', '.join(Outcome)}"
+    )
+
+
+class Rubric(Extensible):
+    """The rubric of one category of questions."""
+
+    rubric: Name
+    version: int | str = 1
+    category: str = ""
+    description: str = ""
+    formula: Formula = "grape"
+    generate: Name | None = None
+    improve: Name = "default"
+    items: Annotated[list[Item], Field(min_length=1)]
+    cases: list[Case] = []
+    _source: str = PrivateAttr("")
+    _hash: str = PrivateAttr("")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_category(cls, data: Any) -> Any:
+        return {"category": data.get("rubric"), **data} if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Rubric:
+        distinct_ids(self.items)
+        for number, case in enumerate(self.cases):
+            ids = {item.id for item in flatten([*self.items, *case.items])}
+            if unknown := sorted(set(case.expect) - ids):
+                raise ValueError(f".cases.{number}.expect: no item {unknown[0]!r}; {known(ids, unknown[0])}")
+        return self
+
+    @property
+    def source(self) -> str:
+        """The file it was read from."""
+        return self._source
+
+    @property
+    def hash(self) -> str:
+        """The content hash of that file, which stands in every verdict."""
+        return self._hash
+
+    def warnings(self) -> list[str]:
+        """What is allowed but probably not meant."""
+        return [
+            f"{self.source}: {where}: weights sum to {total:g}, which is neither 1 nor a sum of whole numbers"
+            for where, total in _odd_sums("items", self.items)
+        ]
+
+
+def _odd_sums(where: str, items: list[Item]) -> Iterator[tuple[str, float]]:
+    weights = [item.weight for item in items]
+    total = math.fsum(weights)
+    if not all(weight.is_integer() for weight in weights) and not math.isclose(total, 1, abs_tol=1e-9):
+        yield where, total
+    for number, item in enumerate(items):
+        if item.items:
+            yield from _odd_sums(f"{where}.{number}.items", item.items)
+
+
+def parse_rubric(data: Any, source: str, *, judges: Collection[str] = ()) -> Rubric:
+    """A rubric from plain data. Unknown names are errors of one line; ``judges`` are known besides those on disk."""
+    try:
+        rubric = Rubric.model_validate(data)
+    except ValidationError as error:
+        raise invalid(source, error, _keys_at(error)) from error
+    rubric._source = source
+    known_judges = {*judges, *resources.names("judges")}
+    known_prompts = set(resources.names("prompts"))
+
+    def name(kind: str, path: str, value: str, names: Collection[str]) -> None:
+        if value not in names:
+            raise ConfigError(f"{source}: {path}: no {kind} named {value!r}; {known(names, value)}")
+
+    for field, folder in (("generate", "generate"), ("improve", "improve")):
+        if (value := getattr(rubric, field)) is not None:
+            name("prompt", field, value, {p.removeprefix(folder + "/") for p in known_prompts if p.startswith(folder)})
+    for path, item in paths("items", rubric.items):
+        if item.judge:
+            name("judge", f"{path}.judge", item.judge, known_judges)
+        if item.critique:
+            critics = {p.removeprefix("critique/") for p in known_prompts if p.startswith("critique/")}
+            name("prompt", f"{path}.critique", item.critique, critics)
+    return rubric
+
+
+def _keys_at(error: ValidationError) -> list[str]:
+    """The keys that are known at the place of an error's first fault."""
+    loc = [part for part in error.errors(include_url=False)[0]["loc"] if isinstance(part, str)][:-1]
+    model: Any = (
+        {"items": Item, "cases": Case, "gate": Gate, "calibrate": Calibrate}.get(loc[-1], Rubric) if loc else Rubric
+    )
+    return sorted(field.alias or name for name, field in model.model_fields.items() if name != "extensions")
+
+
+def load_rubric(name: str | Path, *, judges: Collection[str] = ()) -> Rubric:
+    """The rubric of a name or a file. Doubtful weights are warned of; everything else that is wrong raises."""
+    path = resources.find("rubrics", name)
+    text = resources.read_text(path)
+    rubric = parse_rubric(resources.read_yaml(path, text), str(path), judges=judges)
+    rubric._hash = resources.digest(text)
+    for warning in rubric.warnings():
+        warnings.warn(warning, stacklevel=2)
+    return rubric
+
+
+def load_rubrics(folder: str | Path | None = None, *, judges: Collection[str] = ()) -> dict[str, Rubric]:
+    """All rubrics of a folder (or one file), or of the search path, by category."""
+    if folder is None:
+        files = list(resources.names("rubrics").values())
+    elif Path(folder).is_file():
+        files = [Path(folder)]
+    elif Path(folder).is_dir():
+        files = sorted(Path(folder).rglob("*.yaml"))
+    else:
+        raise ConfigError(f"{folder}: no such file or folder")
+    if not files:
+        raise ConfigError(f"{folder}: no rubrics (*.yaml) in it")
+    rubrics: dict[str, Rubric] = {}
+    for file in files:
+        rubric = load_rubric(file, judges=judges)
+        if rubric.category in rubrics:
+            raise ConfigError(
+                f"{file}: category {rubric.category!r} has a rubric already: {rubrics[rubric.category].source}"
+            )
+        rubrics[rubric.category] = rubric
+    return rubrics
