@@ -1,0 +1,190 @@
+"""Rows to score: JSON lines, Parquet or mappings, read strictly into questions and their responses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import count
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+
+from grape.errors import ConfigError, invalid, one_line
+from grape.item import Item, distinct_ids
+from grape.types import Question, Response, Strict
+
+
+class Turn(Strict):
+    """One message of a chat."""
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: str
+
+
+class Row(Strict):
+    """One response to score, with its question. Fields beyond these stand in ``metadata``."""
+
+    question_id: str
+    category: str
+    question: str | Annotated[list[Turn], Field(min_length=1)]
+    response: str
+    response_id: str | None = None
+    reference: str | int | float | None = None
+    tests: str | None = None
+    entry_point: str | None = None
+    items: list[Item] | None = None
+    metadata: dict[str, Any] | None = None
+    instruction_id_list: list[str] | None = None
+    kwargs: list[dict[str, Any]] | None = None
+    instruction_form: Literal["strict", "loose"] = "strict"
+
+    def to_question(self) -> Question:
+        """The question, without anything of the response."""
+        turns = self.question if isinstance(self.question, str) else tuple(t.model_dump() for t in self.question)
+        return Question(
+            question_id=self.question_id,
+            category=self.category,
+            text=turns,
+            reference=None if self.reference is None else str(self.reference),
+            tests=self.tests,
+            entry_point=self.entry_point,
+            metadata=self.metadata or {},
+        )
+
+    def to_items(self) -> list[Item]:
+        """The items of this question alone: its own, and one for each of IFEval's instructions."""
+        items = list(self.items or [])
+        if self.instruction_id_list is not None:
+            from grape.checkers.instructions import instruction_items
+
+            kwargs = self.kwargs if self.kwargs is not None else [{} for _ in self.instruction_id_list]
+            made = instruction_items(self.instruction_id_list, kwargs, self.instruction_form)
+            items += [Item.model_validate(item) for item in made]
+        distinct_ids(items)
+        return items
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows of a source, grouped: questions by id, each with its own items and the place where it first stands."""
+
+    source: str
+    questions: dict[str, Question] = field(default_factory=dict)
+    items: dict[str, list[Item]] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict)
+    responses: list[Response] = field(default_factory=list)
+
+
+def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Rows:
+    """All rows of a ``.jsonl`` (or ``.jsonl.gz``) or ``.parquet`` file, or of any iterable of mappings.
+
+    The first row that is wrong raises a `ConfigError` with its line, the field, the value and what is known.
+    """
+    rows = Rows(source=str(source) if isinstance(source, str | Path) else "rows")
+    seen: dict[str, str] = {}
+    positions: dict[str, Iterator[int]] = {}
+    for place, data in _read(source):
+        row = _parse(place, data)
+        position = next(positions.setdefault(row.question_id, count()))
+        response_id = f"{row.question_id}-{position}" if row.response_id is None else row.response_id
+        if response_id in seen:
+            raise ConfigError(f"{place}: response_id: {response_id!r} stands already in {seen[response_id]}")
+        seen[response_id] = place
+        try:
+            _join(rows, row.to_question(), row.to_items(), place)
+        except ValidationError as error:
+            raise invalid(place, error) from error
+        except ValueError as error:
+            raise ConfigError(f"{place}: {one_line(error).removeprefix('.')}") from error
+        rows.responses.append(Response(response_id=response_id, question_id=row.question_id, text=row.response))
+    if not rows.responses:
+        raise ConfigError(f"{rows.source}: no rows")
+    return rows
+
+
+def _join(rows: Rows, question: Question, items: list[Item], place: str) -> None:
+    """Add a question, or see that it is the one which its id stood for before."""
+    known = rows.questions.setdefault(question.question_id, question)
+    if known is question:
+        rows.items[question.question_id] = items
+        rows.places[question.question_id] = place
+        return
+    unlike = [f.name for f in fields(Question) if getattr(known, f.name) != getattr(question, f.name)]
+    if rows.items[question.question_id] != items:
+        unlike.append("items")
+    if unlike:
+        name = "question" if unlike[0] == "text" else unlike[0]
+        raise ConfigError(
+            f"{place}: {name}: question_id {question.question_id!r} has another {name} in {rows.places[known.question_id]}"
+        )
+
+
+def _parse(place: str, data: Any) -> Row:
+    try:
+        return Row.model_validate(data)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        line = invalid(place, error, sorted(Row.model_fields))
+        if any(fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1 for fault in error.errors()):
+            raise ConfigError(f"{line}; further fields go under metadata") from error
+        if fault["type"] == "missing" and isinstance(data, Mapping):
+            raise ConfigError(f"{line}; the row has: {', '.join(map(str, data))}") from error
+        raise line from error
+
+
+def _read(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Each row with its place, for messages."""
+    if not isinstance(source, str | Path):
+        for number, row in enumerate(source, 1):
+            yield f"row {number}", {k: v for k, v in row.items() if v is not None} if isinstance(row, Mapping) else row
+    elif Path(source).suffix == ".parquet":
+        yield from _read_parquet(Path(source))
+    else:
+        yield from _read_lines(Path(source))
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{path}: line {number}", _json(f"{path}: line {number}", line)
+    except (OSError, EOFError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _json(place: str, line: bytes) -> Any:
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        data = dict(items)
+        if len(data) < len(items):
+            twice = next(key for key, _ in items if sum(key == other for other, _ in items) > 1)
+            raise ValueError(f"duplicate key {twice!r}")
+        return data
+
+    def constant(name: str) -> Any:
+        raise ValueError(f"{name} is not JSON")
+
+    try:
+        return json.loads(line.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: not JSON: {one_line(error)}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import duckdb
+
+    try:
+        with duckdb.connect() as connection:
+            cursor = connection.execute("select * from read_parquet(?)", [str(path)])
+            names = [column[0] for column in cursor.description]
+            number = 0
+            while batch := cursor.fetchmany(1000):
+                for values in batch:
+                    number += 1
+                    row = {name: value for name, value in zip(names, values, strict=True) if value is not None}
+                    yield f"{path}: row {number}", row
+    except duckdb.Error as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
