@@ -84,8 +84,9 @@ def item_terms(
     terms = _terms(formula, merit, weight, phi, present, undesirable)
     unsure = kept & ~gated & (np.where(present, np.nan_to_num(phi), 0.0).sum(axis=1) == 0)
     if formula in ("grape", "normalized") and unsure.any():
-        names = ", ".join(str(name) for name in np.unique(np.asarray(category_S)[unsure]))
-        warnings.warn(f"every mean confidence of category {names} is 0: its responses are unscorable", stacklevel=2)
+        names = [str(name) for name in np.unique(np.asarray(category_S)[unsure])]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        warnings.warn(f"every mean confidence of {', '.join(names[:3])}{more} is 0: unscorable", stacklevel=2)
     first = gating & (np.cumsum(gating, axis=1) == 1)
     terms = np.where(gated[:, None], np.where(first, gates, 0.0), terms)
     return np.where(kept[:, None], terms, np.nan)

@@ -118,7 +118,8 @@ def _join(rows: Rows, question: Question, items: list[Item], place: str) -> None
     if unlike:
         name = "question" if unlike[0] == "text" else unlike[0]
         raise ConfigError(
-            f"{place}: {name}: question_id {question.question_id!r} has another {name} in {rows.places[known.question_id]}"
+            f"{place}: {name}: question_id {question.question_id!r} has another {name} in "
+            f"{rows.places[question.question_id]}"
         )
 
 

@@ -1,0 +1,61 @@
+"""Which items judge a question, and with what share of the weight: decided before any response is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from grape.errors import ConfigError, known
+from grape.item import Item, applies_to, flatten, paths, weights
+from grape.rows import Rows
+from grape.rubric import Rubric
+from grape.types import ROW_FIELDS, Question
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One question's items: the leaves of its rubric and its own, each with its share of a weight of 1 (or 0)."""
+
+    question: Question
+    rubric: Rubric
+    leaves: tuple[Item, ...]
+    weight: Mapping[str, float]
+
+    @property
+    def applicable(self) -> list[Item]:
+        """The leaves that judge this question."""
+        return [leaf for leaf in self.leaves if self.weight[leaf.id] > 0]
+
+
+def plan_rows(rows: Rows, rubrics: Mapping[str, Rubric], *, use_judges: bool = True) -> dict[str, Plan]:
+    """A plan per question id. A category without a rubric or a row without a needed field is a `ConfigError`."""
+    return {
+        question_id: _plan(question, rows.items[question_id], rubrics, rows.places[question_id], use_judges)
+        for question_id, question in rows.questions.items()
+    }
+
+
+def _plan(question: Question, own: list[Item], rubrics: Mapping[str, Rubric], place: str, use_judges: bool) -> Plan:
+    rubric = rubrics.get(question.category)
+    if rubric is None:
+        hint = known(rubrics, question.category)
+        raise ConfigError(f"{place}: category: no rubric for {question.category!r}; {hint}")
+    taken = {item.id for _, item in paths("items", rubric.items)}
+    for path, item in paths("items", own):
+        if item.id in taken:
+            raise ConfigError(f"{place}: {path}.id: {item.id!r} is an item of rubric {rubric.rubric!r} already")
+    holds = applies_to(question)
+    tree = [*rubric.items, *own]
+    weight = weights(tree, lambda item: holds(item) and (use_judges or item.judge is None))
+    plan = Plan(question=question, rubric=rubric, leaves=tuple(flatten(tree)), weight=weight)
+    for item in plan.applicable:
+        if item.reward_model is not None:
+            raise ConfigError(f"{place}: item {item.id!r}: a reward_model cannot be scored here; use check or judge")
+        for field in item.row_fields.values():
+            if question.get(field) is None:
+                has = [name for name in ROW_FIELDS if question.get(name) is not None] + list(question.metadata)
+                raise ConfigError(
+                    f"{place}: {field}: item {item.id!r} of rubric {rubric.rubric!r} needs it and the row lacks it; "
+                    f"the row has: {', '.join(has)} (or give the item `applies_when: {{has: {field}}}`)"
+                )
+    return plan
