@@ -106,7 +106,8 @@ class Cells:
         formulas = np.array([judged.plan.rubric.formula for judged in batch], dtype=object)
         confidence = _mean_confidences(batch, confidence, valid & (weight > 0))
         return Cells(
-            score=score, confidence=confidence, weight=weight, valid=valid, undesirable=undesirable, gate=gate, group=groups, formula=formulas,
+            score=score, confidence=confidence, weight=weight, valid=valid, undesirable=undesirable, gate=gate,
+            group=groups, formula=formulas,
         )  # fmt: skip
 
     def terms(self, formula: Formula | None, max_missing: float) -> Floats:

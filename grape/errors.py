@@ -21,11 +21,15 @@ class ConfigError(GrapeError):
 
 
 class JudgeError(GrapeError):
-    """A judge gave no usable verdict; ``outcome`` says how. Never the response's fault, so never a score."""
+    """A judge gave no usable verdict; ``outcome`` says how. Never the response's fault, so never a score.
 
-    def __init__(self, outcome: Outcome, detail: str) -> None:
+    ``reasoning`` is the judge's own, where it gave one (it abstained, say, or left its scale).
+    """
+
+    def __init__(self, outcome: Outcome, detail: str, reasoning: str | None = None) -> None:
         super().__init__(detail)
         self.outcome = outcome
+        self.reasoning = reasoning
 
 
 class SandboxError(GrapeError):

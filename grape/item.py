@@ -35,7 +35,7 @@ class Extensible(Strict):
 
 
 class AppliesWhen(Strict):
-    """A condition on the question: every clause must hold. `has` and `lacks` name fields, any other key compares one."""
+    """A condition on the question, all of which must hold: `has` and `lacks` name fields, any other key compares one."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Scalar | list[Scalar]]
@@ -150,6 +150,15 @@ class Item(Extensible):
         if self.check:
             return row_fields(self.check, self.arguments)
         return {"reference": "reference"} if self.reference else {}
+
+    @property
+    def fields_read(self) -> set[str]:
+        """Every field of the question that decides whether the item applies, or that its checker is given."""
+        fields = set(self.row_fields.values())
+        if self.applies_when is not None:
+            fields |= {*_many(self.applies_when.has), *_many(self.applies_when.lacks)}
+            fields |= set(self.applies_when.__pydantic_extra__)
+        return fields
 
     @property
     def shares_in_improve(self) -> bool:

@@ -20,6 +20,7 @@ class Plan:
     rubric: Rubric
     leaves: tuple[Item, ...]
     weight: Mapping[str, float]
+    fields_read: frozenset[str]
 
     @property
     def applicable(self) -> list[Item]:
@@ -29,10 +30,19 @@ class Plan:
 
 def plan_rows(rows: Rows, rubrics: Mapping[str, Rubric], *, use_judges: bool = True) -> dict[str, Plan]:
     """A plan per question id. A category without a rubric or a row without a needed field is a `ConfigError`."""
-    return {
+    plans = {
         question_id: _plan(question, rows.items[question_id], rubrics, rows.places[question_id], use_judges)
         for question_id, question in rows.questions.items()
     }
+    for response in rows.responses:
+        plan = plans[response.question_id]
+        for field in plan.fields_read:
+            if response.metadata.get(field) != plan.question.metadata.get(field):
+                raise ConfigError(
+                    f"{rows.source}: response {response.response_id!r}: metadata.{field}: differs within the group of "
+                    f"{response.question_id!r}, whose items depend on it"
+                )
+    return plans
 
 
 def _plan(question: Question, own: list[Item], rubrics: Mapping[str, Rubric], place: str, use_judges: bool) -> Plan:
@@ -47,7 +57,8 @@ def _plan(question: Question, own: list[Item], rubrics: Mapping[str, Rubric], pl
     holds = applies_to(question)
     tree = [*rubric.items, *own]
     weight = weights(tree, lambda item: holds(item) and (use_judges or item.judge is None))
-    plan = Plan(question=question, rubric=rubric, leaves=tuple(flatten(tree)), weight=weight)
+    read = frozenset(field for _, item in paths("items", tree) for field in item.fields_read)
+    plan = Plan(question=question, rubric=rubric, leaves=tuple(flatten(tree)), weight=weight, fields_read=read)
     for item in plan.applicable:
         if item.reward_model is not None:
             raise ConfigError(f"{place}: item {item.id!r}: a reward_model cannot be scored here; use check or judge")

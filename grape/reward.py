@@ -106,13 +106,14 @@ def _terms(formula: Formula, merit: Floats, weight: Floats, phi: Floats, present
         positive = np.where(present & ~undesirable, weight, 0.0).sum(axis=1, keepdims=True)
         signed = np.where(undesirable, -weight, weight)
         return _divide(np.where(present, signed * merit, 0.0), positive)
-    if formula == "weighted":
-        share = np.where(present, weight, 0.0)
-        return _divide(share * np.where(present, merit, 0.0), share.sum(axis=1, keepdims=True))
-    present = present & ~np.isnan(phi)
+    if formula != "weighted":
+        present = present & ~np.isnan(phi)
     phi = np.where(present, phi, 0.0)
-    share = _divide(np.where(present, weight, 0.0), np.where(present, weight, 0.0).sum(axis=1, keepdims=True))
-    value = share * np.where(present, merit, 0.0) * phi
+    share = np.where(present, weight, 0.0)
+    share = _divide(share, share.sum(axis=1, keepdims=True))
+    if formula == "weighted":
+        return share * np.nan_to_num(merit)
+    value = share * np.nan_to_num(merit) * phi
     if formula == "normalized":
         return _divide(value, (share * phi).sum(axis=1, keepdims=True))
     return _divide(present.sum(axis=1, keepdims=True) * value, phi.sum(axis=1, keepdims=True))
@@ -219,5 +220,5 @@ def _by_id(value_SJ: Floats, counted_SJ: Bools, id_S: ArrayLike) -> tuple[Floats
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:
     """The quotient, and NaN where there is nothing to divide by."""
-    safe = np.where(denominator == 0, 1.0, denominator)
-    return np.asarray(np.where(denominator == 0, np.nan, numerator / safe))
+    nothing = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
+    return np.divide(numerator, denominator, out=nothing, where=denominator != 0)

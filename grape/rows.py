@@ -99,7 +99,10 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Rows:
             raise invalid(place, error) from error
         except ValueError as error:
             raise ConfigError(f"{place}: {one_line(error).removeprefix('.')}") from error
-        rows.responses.append(Response(response_id=response_id, question_id=row.question_id, text=row.response))
+        response = Response(
+            response_id=response_id, question_id=row.question_id, text=row.response, metadata=row.metadata or {}
+        )
+        rows.responses.append(response)
     if not rows.responses:
         raise ConfigError(f"{rows.source}: no rows")
     return rows
@@ -112,7 +115,8 @@ def _join(rows: Rows, question: Question, items: list[Item], place: str) -> None
         rows.items[question.question_id] = items
         rows.places[question.question_id] = place
         return
-    unlike = [f.name for f in fields(Question) if getattr(known, f.name) != getattr(question, f.name)]
+    own = [f.name for f in fields(Question) if f.name != "metadata"]  # metadata may tell the responses apart
+    unlike = [name for name in own if getattr(known, name) != getattr(question, name)]
     if rows.items[question.question_id] != items:
         unlike.append("items")
     if unlike:

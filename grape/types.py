@@ -83,6 +83,7 @@ class Response:
     response_id: str
     question_id: str
     text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,105 @@
+"""The judges and checkers at work: one response in, one verdict for each of its items out."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from time import perf_counter
+from types import TracebackType
+
+from grape.batch import Judged, fails_gate
+from grape.checkers import check_response
+from grape.item import Item
+from grape.judge.critic import Critic
+from grape.plan import Plan
+from grape.types import Outcome, Question, Response, Verdict
+
+Progress = Callable[[int, int], None]  # responses done, responses in all
+
+
+class Panel:
+    """Judges any number of responses at once on one event loop; each is judged as soon as it is given.
+
+    Gates come first, checkers before judges, since a failed gate spares every other item of its response. Checkers
+    run in threads. A panel owns its critics and closes them.
+    """
+
+    def __init__(self, critics: Mapping[str, Critic]) -> None:
+        self._critics = critics
+        self._num_threads = max(4, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="grape-checker")
+
+    async def __aenter__(self) -> Panel:
+        return self
+
+    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        await asyncio.gather(*(critic.close() for critic in self._critics.values()))
+
+    async def reach(self) -> None:
+        """See that every judge is there; a `ConfigError` of one line for the first that is not."""
+        await asyncio.gather(*(critic.reach() for critic in self._critics.values()))
+
+    @property
+    def width(self) -> int:
+        """How many responses are worth having in hand: enough to keep every judge and thread busy."""
+        return 2 * (self._num_threads + sum(critic.judge.concurrency for critic in self._critics.values()))
+
+    async def judge(self, plan: Plan, response: Response) -> Judged:
+        """One verdict for each leaf of the plan."""
+        items = plan.applicable
+        verdicts = {
+            leaf.id: Verdict(item=leaf.id, outcome=Outcome.NOT_APPLICABLE, attempts=0)
+            for leaf in plan.leaves
+            if plan.weight[leaf.id] == 0
+        }
+        for item in sorted((item for item in items if item.gate), key=lambda item: item.kind != "check"):
+            verdict = verdicts[item.id] = await self.ask(plan.question, response, item)
+            if fails_gate(item, verdict):
+                skipped = {i.id: _skipped(i, item) for i in items if i.id not in verdicts}
+                return Judged(response=response, plan=plan, verdicts=verdicts | skipped)
+        rest = [item for item in items if item.id not in verdicts]
+        answers = await asyncio.gather(*(self.ask(plan.question, response, item) for item in rest))
+        verdicts |= {verdict.item: verdict for verdict in answers}
+        return Judged(response=response, plan=plan, verdicts=verdicts)
+
+    async def judge_all(self, work: Sequence[tuple[Plan, Response]], progress: Progress | None = None) -> list[Judged]:
+        """Every response judged, in the order given, with `width` of them in hand at a time."""
+        results: dict[int, Judged] = {}
+        places = iter(range(len(work)))
+
+        async def worker() -> None:
+            for place in places:
+                results[place] = await self.judge(*work[place])
+                if progress:
+                    progress(len(results), len(work))
+
+        tasks = [asyncio.create_task(worker()) for _ in range(min(self.width, len(work)))]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        return [results[place] for place in range(len(work))]
+
+    async def ask(self, question: Question, response: Response, item: Item) -> Verdict:
+        """The verdict on one item."""
+        if item.judge is not None:
+            return await self._critics[item.judge].verdict(question, response, item)
+        assert item.check is not None, "a plan has no other kind of item"
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, _check, item, item.check, question, response)
+
+
+def _check(item: Item, name: str, question: Question, response: Response) -> Verdict:
+    start = perf_counter()
+    verdict = check_response(item.id, name, item.arguments, item.confidence, question, response)
+    return replace(verdict, latency=perf_counter() - start)
+
+
+def _skipped(item: Item, gate: Item) -> Verdict:
+    return Verdict(item=item.id, outcome=Outcome.SKIPPED, detail=f"{gate.id} failed its gate", attempts=0)
