@@ -1,0 +1,206 @@
+"""The command line: each verb parses, calls the library function of the same name, and prints."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from grape.errors import GrapeError
+
+T = TypeVar("T")
+FILE = click.Path(path_type=Path)
+
+
+class _Verbs(click.Group):
+    """Commands in the order in which a newcomer needs them."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="grape-rl", prog_name="grape")
+def cli() -> None:
+    """Score responses against rubrics in YAML, and ask the critique log questions in SQL."""
+
+
+def main() -> None:
+    """Entry point: errors of the user are one line and exit status 1; wrong usage exits with 2."""
+    logging.basicConfig(format="grape: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    warnings.showwarning = lambda message, *_rest, **_more: click.echo(f"grape: warning: {message}", err=True)
+    try:
+        cli.main(standalone_mode=False)
+    except click.UsageError as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(
+            "grape: interrupted; what was answered is kept (`grape score --resume` goes on from there)", err=True
+        )
+        sys.exit(130)
+    except click.ClickException as error:
+        click.echo(f"grape: {error.format_message()}", err=True)
+        sys.exit(1)
+    except GrapeError as error:
+        click.echo(f"grape: {error}", err=True)
+        sys.exit(1)
+    except BrokenPipeError:
+        with suppress(OSError):  # the reader is gone: so is whoever would read a complaint
+            sys.stdout.close()
+        sys.exit(1)
+
+
+def _named(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    """NAME=FILE pairs."""
+    pairs = {}
+    for value in values:
+        name, equals, file = value.partition("=")
+        if not (name and equals and file):
+            raise click.BadParameter(f"{value!r} is not NAME=FILE")
+        pairs[name] = file
+    return pairs
+
+
+JUDGE = click.option("--judge", "judges", multiple=True, metavar="NAME=FILE", callback=_named,
+                     help="The file of a judge that rubrics name; may be repeated.")  # fmt: skip
+CHECKERS = click.option("--checkers", multiple=True, type=FILE, metavar="FILE",
+                        help="A Python file of your own checkers (@grape.checker).")  # fmt: skip
+
+
+def _with_progress(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine function that reports progress, with a bar on stderr (rate and time left) on a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    rate = TextColumn("{task.fields[rate]}")
+    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("scoring", total=None, rate="")
+
+        def report(done: int, total: int) -> None:
+            speed = progress.tasks[0].speed
+            progress.update(task, completed=done, total=total, rate=f"{speed:.0f}/s" if speed else "")
+
+        return asyncio.run(work(report))
+
+
+@cli.command()
+@click.argument("folder", default=".", type=FILE)
+def init(folder: Path) -> None:
+    """Write a first rubric, judge and responses into FOLDER."""
+    from grape.starter import init
+
+    for path in init(folder):
+        click.echo(f"wrote {path}")
+    place = "" if str(folder) == "." else f"cd {folder} && "
+    click.echo(f"next: {place}grape check rubrics && grape score responses.jsonl --rubrics rubrics --no-judges")
+
+
+@cli.command()
+@click.argument("rubrics", nargs=-1)
+@JUDGE
+@CHECKERS
+@click.option("--live", is_flag=True, help="Ask the judges too; otherwise only replay judges answer.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines instead of text.")
+def check(
+    rubrics: tuple[str, ...], judges: dict[str, str], checkers: tuple[Path, ...], live: bool, as_json: bool
+) -> None:
+    """Validate RUBRICS (names, files or folders; all where none is given) and run their cases."""
+    from grape.cases import check, failed_cases
+    from grape.report import check_lines, show
+
+    records = asyncio.run(check(rubrics, judges=judges, checkers=checkers, live=live))
+    if as_json:
+        for record in records:
+            click.echo(json.dumps(record))
+    else:
+        show(*check_lines(records))
+    if failed_cases(records):
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("kind", type=click.Choice(["rubric", "judge", "run"]))
+def schema(kind: str) -> None:
+    """Print the JSON Schema of a KIND of file, for editors."""
+    from grape.config import schema
+
+    click.echo(json.dumps(schema(kind), indent=2))
+
+
+@cli.command()
+@click.argument("responses", type=FILE)
+@click.option("--rubrics", type=FILE, metavar="DIR", help="A folder of rubrics, or one file. Default: the search path.")
+@JUDGE
+@click.option("--log", type=FILE, default=Path("critiques.duckdb"), show_default=True, help="The critique log.")
+@click.option("--out", type=FILE, metavar="FILE", help="Write one JSON line per response.")
+@CHECKERS
+@click.option("--no-judges", is_flag=True, help="Leave judge items out as not applicable.")
+@click.option("--resume", is_flag=True, help="Go on with the last run of the same inputs; ask nothing twice.")
+@click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
+def score(
+    responses: Path,
+    rubrics: Path | None,
+    judges: dict[str, str],
+    log: Path,
+    out: Path | None,
+    checkers: tuple[Path, ...],
+    no_judges: bool,
+    resume: bool,
+    as_json: bool,
+) -> None:
+    """Judge RESPONSES (.jsonl, .jsonl.gz or .parquet) against the rubrics of their categories."""
+    from grape.report import score_summary, score_table, show
+    from grape.scoring import score
+
+    records = _with_progress(
+        lambda progress: score(
+            responses, rubrics=rubrics, judges=judges, log=log, out=out, checkers=checkers,
+            use_judges=not no_judges, resume=resume, progress=progress,
+        )
+    )  # fmt: skip
+    if as_json:
+        for record in records:
+            click.echo(json.dumps(record))
+        return
+    show(score_table(records), "", score_summary(records))
+    show(f'log: {log}   ask it: grape sql "from item_health" --log {log}', stderr=True)
+
+
+@cli.command()
+@click.argument("query", required=False)
+@click.option("--log", type=FILE, default=Path("critiques.duckdb"), show_default=True, help="The critique log.")
+@click.option(
+    "--format", "format_", type=click.Choice(["table", "csv", "json", "jsonl", "parquet"]), default="table",
+    show_default=True, help="How the result is written to stdout.",
+)  # fmt: skip
+def sql(query: str | None, log: Path, format_: str) -> None:
+    """Ask the critique log a QUERY, read-only; alone, list its tables and views."""
+    from grape.query import render, sql
+
+    render(sql(query, log), format_, sys.stdout)
+
+
+@cli.command()
+@click.option("--log", type=FILE, default=Path("quickstart.duckdb"), show_default=True, help="The critique log.")
+def quickstart(log: Path) -> None:
+    """Score real responses of four models to maths questions, and show what SQL can ask."""
+    from grape.query import render, sql
+    from grape.report import score_summary, score_table, show
+    from grape.tour import QUESTIONS, quickstart
+
+    records = _with_progress(lambda progress: quickstart(log, progress))
+    show(score_table(records), "", score_summary(records))
+    for title, query in QUESTIONS.items():
+        show("", title, "", f'$ grape sql --log {log} "', query + '"', "")
+        render(sql(query, log), "table", sys.stdout)

@@ -1,0 +1,82 @@
+"""Records as tables for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grape.records import Record
+
+
+def score_table(records: Sequence[Record]) -> Table:
+    """One line per category and item: how many were scored, how many failed and how, the mean score and confidence."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("category", "item", "scored", "failed", "mean score", "mean confidence"):
+        table.add_column(name, justify="left" if name in {"category", "item"} else "right")
+    cells: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        for item, cell in record["items"].items():
+            cells.setdefault((record["category"], item), []).append(cell)
+    previous = None
+    for (category, item), group in sorted(cells.items(), key=lambda pair: pair[0][0]):
+        scored = [cell for cell in group if cell["score"] is not None]
+        left = [cell["outcome"] for cell in group if cell["outcome"] in {"not_applicable", "skipped"}]
+        table.add_row(
+            Text(category if category != previous else ""),
+            Text(item),
+            str(len(scored)),
+            str(len(group) - len(scored) - len(left)),
+            _mean([cell["score"] for cell in scored]),
+            _mean([cell["confidence"] for cell in scored if cell["confidence"] is not None]),
+        )
+        previous = category
+    return table
+
+
+def score_summary(records: Sequence[Record]) -> str:
+    """The batch in one line."""
+    rewards = [record["reward"] for record in records if record["reward"] is not None]
+    groups = len({record["question_id"] for record in records})
+    return (
+        f"{len(records)} responses to {groups} questions; mean reward {_mean(rewards)}; "
+        f"{len(records) - len(rewards)} unscorable"
+    )
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{math.fsum(values) / len(values):.3f}" if values else "-"
+
+
+def check_lines(records: Sequence[Record]) -> list[Text]:
+    """A line per rubric, and one below it for each expectation that failed."""
+    lines = []
+    for record in records:
+        cases = record["cases"]
+        failed = [case for case in cases if case["passed"] is False]
+        held = sum(case["passed"] is True for case in cases)
+        text = Text("FAIL" if failed else "ok  ", style="bold red" if failed else "green")
+        text.append(
+            f"  {record['rubric']}  {record['items']} items, {held} of {len(cases)} expectations hold", "default"
+        )
+        if (waiting := len(cases) - held - len(failed)) > 0:
+            text.append(f", {waiting} wait for a judge (--live)", "default")
+        lines.append(text)
+        for case in failed:
+            got = case["outcome"] if case["score"] is None else f"{case['score']:g}"
+            why = f" ({case['reasoning']})" if case["reasoning"] else ""
+            line = f"      {record['source']}: cases.{case['case']}.expect.{case['item']}: expected {case['expected']}, got "
+            lines.append(Text(f"{line}{got}{why}"))
+    return lines
+
+
+def show(*things: Table | Text | str, stderr: bool = False) -> None:
+    """Print without markup, so that no user's text is taken for a style; wide where the output is not a terminal."""
+    console = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(stderr=stderr, highlight=False, markup=False, soft_wrap=True, width=200)
+    for thing in things:
+        console.print(thing)
