@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, get_type_hints
 
@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError, create_model
 from grape.errors import ConfigError, SandboxError, known, one_line
 from grape.types import Outcome, Question, Response, Strict, Verdict
 
-SHIPPED = ("text", "math")
+SHIPPED = ("text", "math", "instructions")
 
 
 class Finding(NamedTuple):
@@ -69,7 +69,7 @@ def _register(name: str, function: F) -> F:
     if name in REGISTRY and REGISTRY[name].function.__module__ != function.__module__:
         raise ConfigError(f"{function.__module__}: a checker named {name!r} exists already")
     signature = inspect.signature(function)
-    hints = get_type_hints(function)
+    hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
     for parameter in list(signature.parameters.values())[2:]:
@@ -172,7 +172,7 @@ def run_checker(name: str, arguments: Mapping[str, Any], question: Question, res
     found = entry.function(question, response, **given)
     finding = found if isinstance(found, Finding) else Finding(found)
     score = finding.score
-    if isinstance(score, str) or not math.isfinite(score) or not 0 <= score <= 1:
+    if isinstance(score, str) or not isfinite(score) or not 0 <= score <= 1:
         raise ValueError(f"checker {name!r} returned {score!r}, which is not a number from 0 to 1")
     reasoning = finding.reasoning or f"{name}: {float(score):g}"
     return Finding(float(score), reasoning, finding.raw)
