@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grape.checkers import run_checker
@@ -93,7 +93,8 @@ CASES = [
      ["P.P.S. Call me", "p. p. s"], ["P.S. Call me", "P.P. then S"]),
     ("detectable_content:postscript", {"postscript_marker": "Note"}, ["a footnote"], ["Nothing"]),
     ("detectable_format:number_bullet_lists", {"num_bullets": 2},
-     ["* one\n* two", "  - one\n\t* two", "-one\n*two", "Intro\n\n* eins\n\n- zwei\n**bold** end", "*\n* x\n- y"],
+     ["* one\n* two", "  - one\n\t* two", "-one\n*two", "Intro\n\n* eins\n\n- zwei\n**bold** end",
+      "*\nx\n- y", "*\n* x\n- y"],
      ["* one", "* 1\n* 2\n* 3", "1. one\n2. two", "** one\n** two", "+ one\n+ two", "* one\n* two\n---"]),
     ("detectable_format:number_highlighted_sections", {"num_highlights": 2},
      ["*one* and **two**", "*a* *b*", "***both ways***", "* x * y\n*z*"],
@@ -186,7 +187,8 @@ def test_an_empty_response_follows_no_instruction_in_either_form(text):
 
 
 def test_a_text_that_is_blank_without_its_asterisks_follows_nothing_by_that():
-    assert score("punctuation:no_comma", {}, "*,*\n*,*", "loose") == 0
+    assert score("punctuation:no_comma", {}, ",\n", "loose") == 0
+    assert score("detectable_format:number_bullet_lists", {"num_bullets": 0}, "- a\n* *", "loose") == 0
     assert score("length_constraints:number_words", {**LESS, "num_words": 1}, "word\n***", "loose") == 1
 
 
@@ -219,6 +221,7 @@ def test_a_megabyte_gets_a_score_from_the_loose_form_too(name):
         assert score(kind, ARGUMENTS[kind], HOSTILE[name], "loose") == (kind == "punctuation:no_comma")
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(codec=None) | st.sampled_from("*-[]<>\"'.!?#`{}\n\t ,"), max_size=60))
 def test_no_text_makes_a_kind_raise_and_the_loose_form_accepts_all_that_the_strict_does(text):
     for kind, arguments in ARGUMENTS.items():
@@ -229,12 +232,14 @@ def test_no_text_makes_a_kind_raise_and_the_loose_form_accepts_all_that_the_stri
 MARKUP = st.text(st.sampled_from("*-[]<>aps. \t\n"), max_size=40)
 
 
+@settings(deadline=None)
 @given(MARKUP)
 def test_bullets_are_counted_as_the_published_patterns_count_them(text):
     published = re.findall(r"^\s*\*[^\*].*$", text, re.M) + re.findall(r"^\s*-.*$", text, re.M)
     assert layout.number_bullet_lists(text, num_bullets=len(published))[0]
 
 
+@settings(deadline=None)
 @given(MARKUP)
 def test_placeholders_are_counted_as_the_published_pattern_counts_them(text):
     count = len(re.findall(r"\[.*?\]", text))
@@ -242,12 +247,14 @@ def test_placeholders_are_counted_as_the_published_pattern_counts_them(text):
     assert not layout.number_placeholders(text, num_placeholders=count + 1)[0]
 
 
+@settings(deadline=None)
 @given(MARKUP)
 def test_a_title_is_found_where_the_published_pattern_finds_one(text):
     published = [found for found in re.findall(r"<<[^\n]+>>", text) if found.lstrip("<").rstrip(">").strip()]
     assert layout.title(text)[0] == bool(published)
 
 
+@settings(deadline=None)
 @given(MARKUP, st.sampled_from([("P.S.", r"\s*p\.\s?s\..*$"), ("P.P.S", r"\s*p\.\s?p\.\s?s.*$"), ("As", r"\s*as.*$")]))
 def test_a_postscript_is_found_where_the_published_pattern_finds_one(text, marker):
     published = re.findall(marker[1], text.lower(), re.M)
@@ -280,6 +287,7 @@ def test_the_loose_form_reads_the_eight_variants_of_the_original():
     ('"Stop!" she said. (Really.) I did.', 4, 1),
     ("A heading\n\nA line without a stop\nAnd another", 1, 2),
     ("THIS ISN'T IT'S 'QUOTED' X=Y A/B e.g. NO.", 2, 9),
+    ("WE CAN'T. A1:2B, X:Y", 2, 6),
     ("GONNA CANNOT LET'S “SO” ‘IT’ — IS", 1, 9),
 ])  # fmt: skip
 def test_sentences_and_capital_words_are_counted_as_nltk_counts_them(text, sentences, capitals):
@@ -324,7 +332,7 @@ def test_every_language_of_the_dataset_is_told_from_every_other():
 def test_a_language_is_found_alike_whatever_seed_others_set(monkeypatch):
     import langdetect
 
-    text = "Desayunamos en McDonald's hoy, then off to the Louvre"
+    text = "Salut hello ciao"  # Italian, Catalan or Finnish, by the seed
     first = {detect(text) for _ in range(20)}
     monkeypatch.setattr(langdetect.DetectorFactory, "seed", 7)
     assert {detect(text) for _ in range(20)} == first

@@ -70,7 +70,7 @@ def title(text: str) -> tuple[bool, str]:
     """Within one line, and not empty: from a line's first ``<<`` to its last ``>>``."""
     for line in text.split("\n"):
         start, end = line.find("<<"), line.rfind(">>")
-        if 0 <= start < end - 2 and line[start:end].lstrip("<").rstrip(">").strip():
+        if 0 <= start < end and line[start:end].lstrip("<").rstrip(">").strip():
             return True, f"title {one_line(line[start : end + 2], 80)}"
     return False, "no <<title>>"
 
