@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
@@ -54,11 +55,20 @@ def known(names: Iterable[str], missing: str | None = None) -> str:
     return f"{hint}known: {', '.join(names) if names else 'none'}"
 
 
+# What pydantic puts into a path for the member of a union that it tried: no part of the user's file.
+UNION_MEMBER = re.compile(r"str|int|float|bool|(list|dict|tuple|function-\w+|constrained-\w+|lax-or-strict)\b.*[\[(-].*")
+
+
+def path_of(location: Iterable[int | str]) -> str:
+    """The path to a field, as `items.0.weight`, from the location that pydantic gives."""
+    return ".".join(str(part) for part in location if isinstance(part, int) or not UNION_MEMBER.fullmatch(part))
+
+
 def invalid(where: str, error: ValidationError, fields: Sequence[str] = ()) -> ConfigError:
     """The first fault of a pydantic error as one line: file, path to the field, what is wrong, value, what is known."""
     faults = error.errors(include_url=False)
     fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-    path = ".".join(str(part) for part in fault["loc"])
+    path = path_of(fault["loc"])
     message = one_line(fault["msg"].removeprefix("Value error, "))
     if message.startswith("."):  # a validator's own fault deeper down: ".with.text: ..."
         line = f"{where}: {f'{path}{message}'.removeprefix('.')}"

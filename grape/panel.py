@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
@@ -38,6 +38,12 @@ class Panel:
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.gather(*(critic.close() for critic in self._critics.values()))
+
+    def check(self, plans: Iterable[Plan]) -> None:
+        """See that every judge's prompts can serve the items that it is asked; a `ConfigError` where not."""
+        for item in {item.id: item for plan in plans for item in plan.applicable if item.judge}.values():
+            assert item.judge is not None
+            self._critics[item.judge].check(item)
 
     async def reach(self) -> None:
         """See that every judge is there; a `ConfigError` of one line for the first that is not."""

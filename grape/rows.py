@@ -51,12 +51,19 @@ class Row(Strict):
             reference=None if self.reference is None else str(self.reference),
             tests=self.tests,
             entry_point=self.entry_point,
-            metadata=self.metadata or {},
+            metadata=self.to_metadata(),
         )
+
+    def to_metadata(self) -> dict[str, Any]:
+        """The further fields, IFEval's list of instructions among them, on which a rubric's conditions may look."""
+        ids = self.instruction_id_list
+        return {**(self.metadata or {}), **({"instruction_id_list": ids} if ids is not None else {})}
 
     def to_items(self) -> list[Item]:
         """The items of this question alone: its own, and one for each of IFEval's instructions."""
         items = list(self.items or [])
+        if self.kwargs is not None and self.instruction_id_list is None:
+            raise ValueError("kwargs: goes only with instruction_id_list")
         if self.instruction_id_list is not None:
             from grape.checkers.instructions import instruction_items
 
@@ -100,7 +107,7 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Rows:
         except ValueError as error:
             raise ConfigError(f"{place}: {one_line(error).removeprefix('.')}") from error
         response = Response(
-            response_id=response_id, question_id=row.question_id, text=row.response, metadata=row.metadata or {}
+            response_id=response_id, question_id=row.question_id, text=row.response, metadata=row.to_metadata()
         )
         rows.responses.append(response)
     if not rows.responses:

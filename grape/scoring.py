@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from uuid import uuid4
 from grape.batch import settle
 from grape.checkers import load_checkers
 from grape.errors import ConfigError, known
+from grape.judge.call import CallRecord
 from grape.judge.config import Judge, load_judge
 from grape.judge.critic import Critic
 from grape.log import Log
@@ -78,6 +79,7 @@ async def score(
         store = stack.enter_context(Log(log)) if log is not None else None
         run = run.resumed(store) if store and resume else run
         panel = await stack.enter_async_context(Panel(make_critics(loaded, store, run.name, run.answered)))
+        panel.check(plans.values())
         await panel.reach()
         if store and not run.known:
             store.append(**run.opening())
@@ -110,7 +112,7 @@ class _Run:
     name: str = ""
     known: bool = False
     finished: bool = False
-    answered: Mapping[str, Any] | None = None
+    answered: Mapping[str, CallRecord] | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -188,7 +190,7 @@ def _load_judge(name: str, given: str | Path, asker: str, files: Mapping[str, An
 
 
 def make_critics(
-    judges: Mapping[str, Judge], log: Log | None, run: str, answered: Mapping[str, Any] | None
+    judges: Mapping[str, Judge], log: Log | None, run: str, answered: Mapping[str, CallRecord] | None
 ) -> dict[str, Critic]:
     """A critic for each judge, its fallback's made before it, all recording their calls in the log."""
     secret = log.secret if log else os.urandom(32)
@@ -215,9 +217,11 @@ def make_critics(
     return critics
 
 
-def answered_calls(log: Log, run: str) -> dict[str, Any]:
+def answered_calls(log: Log, run: str) -> dict[str, CallRecord]:
     """The replies that a run has got so far, by call key."""
-    raise NotImplementedError
+    columns = ["call", *(field.name for field in fields(CallRecord))]
+    rows = log.query(f"select {', '.join(columns)} from judge_calls where run = ?", [run])
+    return {row[0]: CallRecord.from_row(dict(zip(columns, row, strict=True))) for row in rows}
 
 
 def fingerprint(
