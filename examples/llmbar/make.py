@@ -1,0 +1,79 @@
+"""Make responses.jsonl and replies/: LLMBar's 468 outputs, and what GPT-4 and ChatGPT once rated each of them.
+
+    python examples/llmbar/make.py
+    grape score examples/llmbar/responses.jsonl --rubrics examples/llmbar/rubrics \
+        --judge rater=examples/llmbar/judges/gpt-4.yaml --log llmbar.duckdb
+
+The judges replay stored replies, so nothing is asked of anybody. Instructions, outputs, labels and ratings come
+unchanged from princeton-nlp/LLMBar (MIT licence): the lines of kind `pair` and the votes of its two rating protocols.
+A rating is one digit from 0 to 9, or whatever the judge wrote instead: nothing at all, or 10.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+JUDGES = {
+    "gpt-4": ("GPT-4", "Rating"),
+    "gpt-4-norules": ("GPT-4", "Rating_NoRules"),
+    "chatgpt": ("ChatGPT", "Rating"),
+    "chatgpt-norules": ("ChatGPT", "Rating_NoRules"),
+}
+OUTPUTS = (1, 2)
+
+
+def read() -> list[dict[str, Any]]:
+    """The stored lines."""
+    with gzip.open(HERE / "llmbar_ratings.jsonl.gz", "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def responses(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per output; the two outputs to an instruction are a group, and `better` is the human label."""
+    return [
+        {
+            "question_id": pair["id"],
+            "category": "llmbar",
+            "question": pair["instruction"],
+            "response": pair[f"output_{output}"],
+            "response_id": f"{pair['id']}/{output}",
+            "metadata": {"subset": pair["id"].split("-")[0], "better": pair["label"] == output},
+        }
+        for pair in lines
+        if pair["kind"] == "pair"
+        for output in OUTPUTS
+    ]
+
+
+def replies(lines: list[dict[str, Any]], judge: str, protocol: str) -> list[dict[str, Any]]:
+    """One line per rating. Each output was rated alone: the votes in the other order repeat these and are left out."""
+    return [
+        {"response_id": f"{vote['id']}/{output}", "item": "rating", "reply": vote[f"score_{output}"]}
+        for vote in lines
+        if vote["kind"] == "vote" and (vote["judge"], vote["protocol"]) == (judge, protocol) and not vote["swapped"]
+        for output in OUTPUTS
+    ]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    """JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    print(f"{path}: {len(rows)} rows")
+
+
+def main(folder: Path = HERE) -> None:
+    """Write the files into a folder: beside this one, or the one that is named on the command line."""
+    lines = read()
+    write(folder / "responses.jsonl", responses(lines))
+    for name, (judge, protocol) in JUDGES.items():
+        write(folder / "replies" / f"{name}.jsonl", replies(lines, judge, protocol))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:2]))

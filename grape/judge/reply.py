@@ -1,0 +1,211 @@
+"""What a judge's text says: one strict reading of its reply, or the typed reason why it is no verdict.
+
+A verdict is read only from a reply that is nothing but one JSON object. Neither the first nor the last object of a
+longer text is picked out: either rule hands the verdict to whoever gets his own object repeated by the judge.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from grape.checkers.refusal import is_refusal
+from grape.errors import JudgeError, one_line
+from grape.judge.prompt import well_formed
+from grape.scale import Scale
+from grape.types import Outcome
+
+KEYS = ("reasoning", "score", "confidence")
+REFUSALS = {"content_filter", "refusal"}  # finish reasons
+NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """A judge's verdict: the score on [0, 1], the judge's own label for it, and how sure it is, in [0, 1]."""
+
+    reasoning: str
+    score: float
+    raw: str
+    confidence: float
+
+
+def parse_reply(
+    text: str,
+    scale: Scale,
+    *,
+    parser: str = "json",
+    verbal: bool = True,
+    finish_reason: str | None = None,
+    prompt: Sequence[str] = (),
+) -> Reply:
+    """The verdict that a reply states; `JudgeError` with the outcome where it states none.
+
+    ``verbal``: the reply states a confidence (else it must not, and confidence is 1). ``prompt`` holds the texts that
+    the judge was shown: a verdict that stands in one of them was repeated and not given.
+    """
+    if finish_reason in REFUSALS:
+        raise JudgeError(Outcome.REFUSED, f"the server ended the reply with {finish_reason}")
+    try:
+        reply = parse_json(text, scale, verbal=verbal) if parser == "json" else PARSERS[parser](text, scale)
+    except JudgeError as error:
+        if error.outcome is not Outcome.UNPARSABLE:
+            raise
+        if finish_reason == "length":
+            raise JudgeError(Outcome.UNPARSABLE, f"cut off at max_tokens ({error})") from None
+        if _refuses(text.rpartition("</think>")[2]):
+            raise JudgeError(Outcome.REFUSED, f"the judge refuses: {one_line(text, 120)}") from None
+        raise
+    if prompt and _repeats(text, prompt):
+        _unparsable("the reply repeats a verdict that stands in the texts to judge")
+    return reply
+
+
+def parse_json(text: str, scale: Scale, *, verbal: bool = True) -> Reply:
+    """Our own form: one JSON object with reasoning, score and, where ``verbal``, confidence."""
+    data = _object(_unwrap(text))
+    keys = KEYS if verbal else KEYS[:2]
+    if set(data) != set(keys):
+        lacks = [key for key in keys if key not in data]
+        extra = len(set(data) - set(keys))
+        faults = [f"lacks {', '.join(lacks)}"] * bool(lacks) + [f"has {extra} other"] * bool(extra)
+        _unparsable(f"the keys must be {', '.join(keys)}; the object {' and '.join(faults)}")
+    if not isinstance(data["reasoning"], str):
+        _unparsable("reasoning is not text")
+    reasoning = well_formed(data["reasoning"])
+    label = data["score"].strip().casefold() if isinstance(data["score"], str) else None
+    if data["score"] is None:
+        raise JudgeError(Outcome.ABSTAINED, "the judge abstained", reasoning)
+    if label == "n/a" and label not in {own.casefold() for own in scale.labels}:
+        raise JudgeError(Outcome.NOT_APPLICABLE, "the judge holds the criterion not applicable", reasoning)
+    confidence = _confidence(data["confidence"], reasoning) if verbal else 1.0
+    score, raw = _score(data["score"], scale, reasoning)
+    return Reply(reasoning=reasoning, score=score, raw=raw, confidence=confidence)
+
+
+def parse_prose(text: str, *, finish_reason: str | None = None) -> str:
+    """A critique: the judge's text without its thinking. `JudgeError` for nothing, or a refusal."""
+    if finish_reason in REFUSALS:
+        raise JudgeError(Outcome.REFUSED, f"critique: the server ended the reply with {finish_reason}")
+    prose = text.strip()
+    if prose.startswith("<think>"):
+        prose = prose.rpartition("</think>")[2].strip() if "</think>" in prose else ""
+    if not prose:
+        raise JudgeError(Outcome.UNPARSABLE, "critique: empty reply")
+    if _refuses(prose):
+        raise JudgeError(Outcome.REFUSED, f"critique: the judge refuses: {one_line(prose, 120)}")
+    return prose
+
+
+def parse_rating(text: str, scale: Scale) -> Reply:
+    """A bare number on the item's scale, such as ``7``: the form of pointwise rating prompts."""
+    bare = _unwrap(text)
+    if not NUMBER.fullmatch(bare):
+        _unparsable("the reply is not a bare number" if bare else "empty reply")
+    score, raw = _score(float(bare), scale, "")
+    return Reply(reasoning="", score=score, raw=raw, confidence=1.0)
+
+
+def parse_label(text: str, scale: Scale) -> Reply:
+    """A bare label of the item's scale, such as ``met`` or ``partly``."""
+    bare = _unwrap(text)
+    if not bare:
+        _unparsable("empty reply")
+    score, raw = _score(bare, scale, "")
+    return Reply(reasoning="", score=score, raw=raw, confidence=1.0)
+
+
+PARSERS: dict[str, Callable[[str, Scale], Reply]] = {"json": parse_json, "rating": parse_rating, "label": parse_label}
+
+
+def _refuses(text: str) -> bool:
+    try:
+        return is_refusal(text)
+    except TimeoutError:  # its search has a time limit; a text so odd is no plain refusal
+        return False
+
+
+def _unparsable(detail: str) -> NoReturn:
+    # The detail goes back to the judge in the repair question, so it never quotes the reply.
+    raise JudgeError(Outcome.UNPARSABLE, detail)
+
+
+def _unwrap(text: str) -> str:
+    """The reply without one leading <think> block (to its last closing tag) and one code fence around all the rest."""
+    text = text.strip()
+    if text.startswith("<think>"):
+        _, closed, text = text.rpartition("</think>")
+        if not closed:
+            _unparsable("the reply ends inside its thinking")
+        text = text.strip()
+    if len(text) >= 6 and text.startswith("```") and text.endswith("```"):
+        info, newline, rest = text[3:-3].partition("\n")
+        text = (rest if newline and (not info.strip() or info.strip().isalnum()) else text[3:-3]).strip()
+    return text
+
+
+def _object(text: str) -> dict[str, Any]:
+    if not text:
+        _unparsable("empty reply")
+    try:
+        data = DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        hint = " (a </think> without its <think>: let the server part thinking and reply)" * ("</think>" in text)
+        _unparsable(f"not one JSON object and nothing else: {error.msg} at character {error.pos}{hint}")
+    except RecursionError:
+        _unparsable("the JSON is nested too deeply")
+    if not isinstance(data, dict):
+        _unparsable("the JSON is not an object")
+    return data
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) != len(pairs):
+        _unparsable("a key stands twice in one object")
+    return mapping
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) <= 18 else float(digits)  # longer ones would be slow, or break int()
+
+
+# strict=False: servers with constrained decoding leave raw control characters inside strings.
+DECODER = json.JSONDecoder(strict=False, object_pairs_hook=_unique, parse_int=_integer)
+
+
+def _confidence(value: object, reasoning: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        _unparsable("confidence is not a number")
+    if not (math.isfinite(value) and 0 <= value <= 1):
+        raise JudgeError(Outcome.OUT_OF_RANGE, f"confidence {value:g} is outside 0 to 1", reasoning)
+    return float(value)
+
+
+def _score(value: object, scale: Scale, reasoning: str) -> tuple[float, str]:
+    if isinstance(value, str):
+        value = well_formed(value)
+    try:
+        return scale.read(value)
+    except TypeError:
+        _unparsable(f"score must be {scale.describe()}")
+    except ValueError as error:
+        raise JudgeError(Outcome.OUT_OF_RANGE, one_line(f"score {error}"), reasoning) from None
+
+
+def _repeats(text: str, prompt: Sequence[str]) -> bool:
+    """Whether the reply's object stands, whatever its spacing and escapes, in a text that the judge was shown."""
+    given = _unwrap(text)
+    if not given.startswith("{"):
+        return False
+    data = DECODER.decode(given)
+    forms = {_squeeze(form) for form in (given, json.dumps(data), json.dumps(data, ensure_ascii=False))}
+    return any(form in shown for shown in map(_squeeze, prompt) for form in forms)
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

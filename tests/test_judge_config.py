@@ -1,0 +1,142 @@
+"""Judge files: what is read, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+
+from grape.errors import ConfigError
+from grape.judge.config import load_judge
+from grape.resources import digest
+
+MINIMAL = "judge: j\nendpoint: http://localhost:1/v1\nmodel: m\n"
+
+
+def judge(tmp_path, text):
+    path = tmp_path / "j.yaml"
+    path.write_text(text)
+    return load_judge(path)
+
+
+def test_three_lines_are_a_judge(tmp_path):
+    got = judge(tmp_path, MINIMAL)
+    assert (got.client, got.endpoints, got.key, got.model_name) == ("openai", ["http://localhost:1/v1"], None, "m")
+    assert got.sampling.params() == {"temperature": 0.0, "max_tokens": 1024}
+    assert (got.confidence, got.timeout, got.retries, got.concurrency, got.prompt) == ("verbal", 60.0, 3, 64, "score")
+    assert (got.source, got.hash) == (str(tmp_path / "j.yaml"), digest(MINIMAL))
+
+
+def test_everything_of_the_format_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY", "k-1")
+    monkeypatch.setenv("MODEL", "m-2")
+    got = judge(
+        tmp_path,
+        """
+judge: j
+client: openai
+endpoint: [http://a:1/v1, "https://b/v1"]
+api_key: $KEY
+model: ${MODEL}
+prompt: score
+sampling: {temperature: 0.5, top_p: 0.9, max_tokens: 5, seed: 1, stop: END, extra_body: {top_k: 3}}
+confidence: none
+timeout: 5
+retries: 0
+fallback: second
+price: {input: 0.15, output: 0.60}
+concurrency: 2
+x-owner: us
+""",
+    )
+    assert (got.endpoints, got.key, got.model_name) == (["http://a:1/v1", "https://b/v1"], "k-1", "m-2")
+    assert got.sampling.params() == {
+        "temperature": 0.5, "top_p": 0.9, "max_tokens": 5, "seed": 1, "stop": ["END"], "extra_body": {"top_k": 3},
+    }  # fmt: skip
+    assert got.price is not None
+    assert (got.price.input, got.price.output, got.fallback, got.extensions) == (0.15, 0.6, "second", {"x-owner": "us"})
+    assert "k-1" not in repr(got)
+
+
+def test_null_leaves_a_field_of_the_sampling_out(tmp_path):
+    assert judge(tmp_path, MINIMAL + "sampling: {temperature: null, max_completion_tokens: 9}").sampling.params() == {
+        "max_completion_tokens": 9
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MINIMAL + "modle: x", "modle: Extra inputs are not permitted (got 'x'; did you mean 'model'? known: "),
+        (MINIMAL + "client: vllm", "client: 'vllm' is not available in this version; available: openai, replay"),
+        (MINIMAL + "client: transformers", "client: 'transformers' is not available in this version; available: "),
+        (MINIMAL + "client: opanai", "client: no client 'opanai'; did you mean 'openai'? known: openai, replay"),
+        (
+            MINIMAL + "confidence: logprob",
+            "confidence: 'logprob' is not available in this version; available: verbal, ",
+        ),
+        (MINIMAL + "confidence: high", "confidence: no confidence 'high'; known: none, verbal"),
+        ("judge: j\nmodel: m", "endpoint: client 'openai' needs it"),
+        ("judge: j\nendpoint: http://a/v1", "model: client 'openai' needs it"),
+        ("judge: j\nclient: replay", "replies: client 'replay' needs it"),
+        ("judge: j\nendpoint: localhost:8000\nmodel: m", "endpoint: 'localhost:8000' is not an address such as "),
+        ("judge: j\nendpoint: http://a:x/v1\nmodel: m", "endpoint: 'http://a:x/v1' is not an address such as "),
+        ("judge: j\nendpoint: []\nmodel: m", "endpoint: List should have at least 1 item after validation, not 0"),
+        (MINIMAL + "replies: r.jsonl", "replies: goes only with client: replay"),
+        (MINIMAL + "timeout: 0", "timeout: Input should be greater than 0 (got 0)"),
+        (MINIMAL + "timeout: .nan", "timeout: Input should be a finite number (got nan)"),
+        (MINIMAL + "timeout: '60'", "timeout: Input should be a valid number (got '60')"),
+        (MINIMAL + "retries: true", "retries: Input should be a valid integer (got True)"),
+        (MINIMAL + "retries: -1", "retries: Input should be greater than or equal to 0 (got -1)"),
+        (MINIMAL + "sampling: {temprature: 0}", "sampling.temprature: Extra inputs are not permitted (got 0; did you "),
+        (MINIMAL + "sampling: {temperature: hot}", "sampling.temperature: Input should be a valid number (got 'hot')"),
+        (MINIMAL + "sampling: {extra_body: {model: x}}", "sampling.extra_body: 'model' is set by the judge itself"),
+        (MINIMAL + "sampling: {extra_body: {a: .inf}}", "sampling.extra_body: not plain data: Out of range float"),
+        (MINIMAL + "price: {input: -1}", "price.input: Input should be greater than or equal to 0 (got -1)"),
+        (MINIMAL + "api_key: $1", "api_key: '$1' is not the name"),
+        (MINIMAL + "api_key: $a-b", "api_key: '$a-b' is not the name of an environment variable"),
+        (
+            "judge: j\nclient: replay\nreplies: r\nparser: ratings",
+            "parser: Input should be 'json', 'rating' or 'label'",
+        ),
+        (
+            "judge: j\nclient: replay\nreplies: r\nparser: rating\nconfidence: verbal",
+            "confidence: 'verbal' is not available with parser 'rating'; use none",
+        ),
+        ("- a", "Input should be a valid dictionary or instance of Judge"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_file_field_value_and_what_is_known(tmp_path, text, message):
+    with pytest.raises(ConfigError) as caught:
+        judge(tmp_path, text)
+    assert str(caught.value).startswith(f"{tmp_path}/j.yaml: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["api_key", "model", "endpoint"])
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_a_variable_that_is_not_set_is_named_with_its_file_and_field(tmp_path, monkeypatch, field, value):
+    monkeypatch.delenv("ABSENT", raising=False)
+    if value is not None:
+        monkeypatch.setenv("ABSENT", value)
+    lines = {"judge": "j", "endpoint": "http://a/v1", "model": "m", field: "$ABSENT"}
+    got = judge(tmp_path, "\n".join(f"{key}: {value}" for key, value in lines.items()))
+    with pytest.raises(ConfigError) as caught:
+        print(got.key, got.model_name, got.endpoints)
+    assert str(caught.value) == f"{tmp_path}/j.yaml: {field}: environment variable ABSENT is not set"
+
+
+def test_a_key_that_no_header_can_carry_is_the_users_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("KEY", "a\nb")
+    with pytest.raises(ConfigError, match="api_key: holds characters that no HTTP header can carry"):
+        assert judge(tmp_path, MINIMAL + "api_key: $KEY").key is None
+
+
+def test_stored_ratings_state_no_confidence(tmp_path):
+    assert judge(tmp_path, "judge: j\nclient: replay\nreplies: r\nparser: rating").confidence == "none"
+
+
+def test_the_shipped_judges_load():
+    shipped = {path.stem: load_judge(path) for path in Path("judges").glob("*.yaml")}
+    assert {"default", "openai"} <= set(shipped)
+    assert all(judge.judge == name for name, judge in shipped.items())
+    assert shipped["default"].endpoints == ["http://localhost:8000/v1"]
+    assert shipped["openai"].api_key == "$OPENAI_API_KEY"
