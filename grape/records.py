@@ -85,9 +85,10 @@ def verdict_rows(
 ) -> Iterable[Record]:
     """Rows of the table `verdicts`: everything the reward was made from, stored and not to be derived again."""
     rubric = judged.plan.rubric
+    by_own_name = {judge.judge: judge for judge in judges.values()}
     for item in judged.plan.leaves:
         verdict = judged.verdicts[item.id]
-        judge = judges.get(verdict.judge or item.judge or "")
+        judge = by_own_name.get(verdict.judge) if verdict.judge else judges.get(item.judge or "")
         yield {
             "run": run,
             "step": step,
@@ -115,7 +116,7 @@ def verdict_rows(
             "imputed_score": settled.imputed.get(item.id),
             "reasoning": verdict.reasoning,
             "critique": verdict.critique,
-            "judge": verdict.judge or item.judge,
+            "judge": judge.judge if judge else item.judge,
             "judge_hash": judge.hash if judge else None,
             "calls": json.dumps(verdict.calls),
             "attempts": verdict.attempts,

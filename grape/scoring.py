@@ -59,6 +59,8 @@ async def score(
     """
     if resume and log is None:
         raise ConfigError("resume: a log is needed to resume from")
+    if out is not None and not Path(out).parent.is_dir():
+        raise ConfigError(f"{out}: No such file or directory")
     for file in checkers:
         load_checkers(file)
     rows = read_rows(responses)

@@ -23,7 +23,7 @@ items:
     criterion: Stays under 60 words.
     weight: 1
     check: length
-    with: {unit: words, at_most: 60}
+    with: {unit: words, max: 60}
   - id: kind
     criterion: Acknowledges the customer's trouble before it explains the rules.
     weight: 2

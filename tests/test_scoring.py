@@ -272,7 +272,7 @@ def test_a_judge_that_is_not_there_is_one_line_before_any_work(tmp_path):
 GATED = """
 rubric: support
 items:
-  - {id: long-enough, weight: 1, check: length, with: {unit: words, at_least: 3}, gate: {at_least: 1, reward: -0.5}}
+  - {id: long-enough, weight: 1, check: length, with: {unit: words, min: 3}, gate: {at_least: 1, reward: -0.5}}
   - {id: kind, criterion: Is kind to the customer., weight: 2, judge: default}
 """
 
