@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
@@ -21,7 +22,7 @@ from pydantic import Field, ValidationError, create_model
 from grape.errors import ConfigError, SandboxError, known, one_line
 from grape.types import Outcome, Question, Response, Strict, Verdict
 
-SHIPPED = ("text", "math", "instructions")
+SHIPPED = ("text", "structure", "style", "refusal", "choice", "numeric", "math", "instructions")
 
 
 class Finding(NamedTuple):
@@ -81,7 +82,9 @@ def _register(name: str, function: F) -> F:
         else:
             defaults[parameter.name] = default
         fields[parameter.name] = (hints[parameter.name], Field(default, validate_default=False))
-    model = create_model(name, __base__=Strict, **fields)
+    with warnings.catch_warnings():  # an argument may be called `schema`, whatever pydantic calls its own methods
+        warnings.filterwarnings("ignore", message="Field name .* shadows an attribute", category=UserWarning)
+        model = create_model(name, __base__=Strict, **fields)
     REGISTRY[name] = Checker(name=name, function=function, arguments=model, defaults=defaults)
     return function
 
