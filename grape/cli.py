@@ -202,5 +202,5 @@ def quickstart(log: Path) -> None:
     records = _with_progress(lambda progress: quickstart(log, progress))
     show(score_table(records), "", score_summary(records))
     for title, query in QUESTIONS.items():
-        show("", title, "", f'$ grape sql --log {log} "', query + '"', "")
+        show("", title, f'  grape sql --log {log} "', *(f"  {line}" for line in f'{query}"'.splitlines()), "")
         render(sql(query, log), "table", sys.stdout)

@@ -157,7 +157,7 @@ def _say_left_out(plans: Mapping[str, Plan]) -> None:
     if left:
         names = ", ".join(f"{category}/{item}" for category, item in sorted(left)[:8])
         more = ", ..." if len(left) > 8 else ""
-        logger.warning("no judges: %d judge items are left out as not applicable: %s%s", len(left), names, more)
+        logger.warning("no judges: left out as not applicable: %s%s", names, more)
 
 
 def load_judges(plans: Iterable[Plan], files: Mapping[str, str | Path | Judge]) -> dict[str, Judge]:

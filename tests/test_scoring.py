@@ -257,7 +257,7 @@ def test_without_judges_their_items_do_not_apply(tmp_path, caplog):
     assert records[1]["items"]["kind"]["outcome"] == "not_applicable"
     assert [record["reward"] for record in records] == [0, 1]
     assert caplog.messages == [
-        "no judges: 3 judge items are left out as not applicable: support/clear, support/kind, support/rude"
+        "no judges: left out as not applicable: support/clear, support/kind, support/rude"
     ]
 
 

@@ -1,0 +1,144 @@
+"""The command line as a user meets it: real processes, their output and exit status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import duckdb
+import pytest
+
+GRAPE = Path(sys.executable).parent / "grape"
+
+
+def grape(*arguments, cwd, check=True):
+    done = subprocess.run([GRAPE, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    if check:
+        assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A project as `grape init` writes it, checked and scored."""
+    folder = tmp_path_factory.mktemp("started")
+    grape("init", cwd=folder)
+    return folder, grape(
+        "score", "responses.jsonl", "--rubrics", "rubrics", "--no-judges", "--out", "out.jsonl", cwd=folder
+    )
+
+
+def test_init_check_and_score_make_a_first_project(started):
+    folder, scored = started
+    assert grape("check", "rubrics", cwd=folder).stdout == (
+        "ok    support  3 items, 4 of 5 expectations hold, 1 wait for a judge (--live)\n"
+    )
+    assert "4 responses to 2 questions; mean reward 0.625; 0 unscorable" in scored.stdout
+    assert "no judges: left out as not applicable: support/kind" in scored.stderr
+    records = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    assert [record["advantage"] for record in records] == [0.375, -0.375, 0.375, -0.375]
+    again = grape("init", cwd=folder, check=False)
+    assert (again.returncode, again.stderr) == (
+        1,
+        "grape: rubrics/support.yaml: exists already; grape init overwrites nothing\n",
+    )
+
+
+def test_json_lines_go_to_stdout_and_nothing_else(started):
+    folder, _ = started
+    done = grape(
+        "score", "responses.jsonl", "--rubrics", "rubrics", "--no-judges", "--json", "--log", "j.duckdb", cwd=folder
+    )
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [
+        json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()
+    ]
+
+
+def test_sql_answers_and_lists(started):
+    folder, _ = started
+    done = grape("sql", "select item, sum(score) as s from verdicts where applicable group by item order by item", "--format",
+                 "csv", cwd=folder)  # fmt: skip
+    assert done.stdout.splitlines() == ["item,s", "names-deadline,2.0", "short,4.0"]
+    listing = grape("sql", cwd=folder).stdout
+    for name in ("runs", "questions", "responses", "verdicts", "judge_calls", "rewards", "steps", "item_health",
+                 "response_scores", "failures", "judge_cost", "item_credit"):  # fmt: skip
+        assert name in listing
+    refused = grape("sql", "copy verdicts to 'stolen.csv'", cwd=folder, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("grape: ")
+    assert refused.stderr.count("\n") == 1
+    assert not (folder / "stolen.csv").exists()
+
+
+def test_a_failing_case_is_named_and_exits_with_one(started):
+    folder, _ = started
+    text = (folder / "rubrics/support.yaml").read_text().replace("{names-deadline: 0, short: 1}", "{names-deadline: 1}")
+    (folder / "broken.yaml").write_text(text)
+    done = grape("check", "broken.yaml", cwd=folder, check=False)
+    assert done.returncode == 1
+    assert (
+        done.stdout.splitlines()[0] == "FAIL  support  3 items, 2 of 4 expectations hold, 1 wait for a judge (--live)"
+    )
+    assert "broken.yaml: cases.1.expect.names-deadline: expected 1.0, got 0 (" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "line"),
+    [
+        (["score", "none.jsonl"], 1, "grape: none.jsonl: No such file or directory"),
+        (["score", "responses.jsonl", "--rubrics", "none"], 1, "grape: none: no such file or folder"),
+        (["score", "responses.jsonl"], 1, "grape: judge 'default': cannot reach http://localhost:8000/v1: "),
+        (["score", "responses.jsonl", "--judge", "default=none.yaml"], 1, "grape: none.yaml: no such file"),
+        (["score", "responses.jsonl", "--no-judges", "--checkers", "none.py"], 1, "grape: none.py: no such Python file"),
+        (["score", "responses.jsonl", "--no-judges", "--log", "."], 1, "grape: "),
+        (["score", "responses.jsonl", "--no-judges", "--out", "none/out.jsonl"], 1, "grape: none/out.jsonl: No such file"),
+        (["check", "mth"], 1, "grape: no rubric named 'mth'; did you mean 'math'? known: "),
+        (["sql", "select", "--log", "none.duckdb"], 1, "grape: none.duckdb: no such log"),
+        (["sql", "selec 1"], 1, "grape: "),
+        (["schema", "rubrik"], 2, "Usage: grape schema [OPTIONS] {rubric|judge|run}"),
+        (["score", "responses.jsonl", "--judge", "x"], 2, "Usage: grape score [OPTIONS] RESPONSES"),
+        (["scoer"], 2, "Usage: grape [OPTIONS] COMMAND [ARGS]..."),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_and_a_status(started, arguments, status, line):
+    folder, _ = started
+    done = grape(*arguments, cwd=folder, check=False)
+    assert done.returncode == status
+    lines = [text for text in done.stderr.splitlines() if not text.startswith("grape: no judges:")]
+    assert lines[0].startswith(line)
+    if status == 1:
+        assert len(lines) == 1
+        assert done.stdout == ""
+
+
+def test_a_failed_out_file_leaves_no_run_behind(started, tmp_path):
+    folder, _ = started
+    grape("score", folder / "responses.jsonl", "--rubrics", folder / "rubrics", "--no-judges", "--out", "none/o.jsonl",
+          cwd=tmp_path, check=False)  # fmt: skip
+    assert not (tmp_path / "critiques.duckdb").exists()
+
+
+def test_quickstart_ranks_real_models(tmp_path):
+    done = grape("quickstart", cwd=tmp_path)
+    assert "200 responses to 50 questions" in done.stdout
+    with duckdb.connect(str(tmp_path / "quickstart.duckdb"), read_only=True) as connection:
+        ranking = connection.sql("""
+            select metadata->>'model' as model, avg(score) from verdicts join responses using (run, step, response_id)
+            where item = 'correct' group by model order by 2 desc""").fetchall()
+    assert ranking[0][0] == "175b_verification"
+    for model, correct in ranking:
+        assert model in done.stdout
+        assert f"{correct:g}" in done.stdout
+
+
+def test_schema_prints_json_schema(tmp_path):
+    for kind in ("rubric", "judge", "run"):
+        assert json.loads(grape("schema", kind, cwd=tmp_path).stdout)["title"] == f"grape {kind}"
+
+
+def test_help_names_every_command(tmp_path):
+    text = grape("--help", cwd=tmp_path).stdout
+    for command in ("init", "check", "schema", "score", "sql", "quickstart", "convert"):
+        assert f"\n  {command} " in text

@@ -1,0 +1,98 @@
+"""Every command and block of code in the README does what it shows."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from readme import ROOT, blocks, commands, matches, prepare, run, tidy
+
+from grape.judge.config import Judge
+from grape.resources import read_yaml
+from grape.rubric import parse_rubric
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SETUP = [
+    'pip install -c constraints.txt -e ".[train]" && grape quickstart',
+    'pip install -c constraints.txt -e ".[test]" && pytest',
+]
+
+
+def test_console_blocks_print_what_they_show(tmp_path):
+    folder = prepare(tmp_path)
+    wrong = []
+    for block in blocks(README, "console"):
+        for command in commands(block):
+            done = run(command.text, folder)
+            printed = done.stdout + (done.stderr if done.returncode else "")
+            if not matches(command.shown, printed):
+                wrong.append(
+                    f"$ {command.text}\n--- shown\n{tidy(command.shown)}--- printed\n{tidy(printed)}{done.stderr}"
+                )
+    assert not wrong, "\n".join(wrong)
+
+
+def test_python_blocks_run(tmp_path):
+    folder = prepare(tmp_path)
+    found = blocks(README, "python")
+    assert found
+    for block in found:
+        ast.parse(block)
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=folder, capture_output=True, text=True, env={**os.environ}
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_yaml_blocks_are_rubrics_or_judges():
+    found = blocks(README, "yaml")
+    assert found
+    for block in found:
+        data = read_yaml("README.md", block)
+        if "rubric" in data:
+            parse_rubric(data, "README.md")
+        else:
+            Judge.model_validate(data)
+
+
+def test_the_set_up_is_two_commands_and_ci_runs_the_second():
+    shell = "\n".join(blocks(README, "bash"))
+    for command in SETUP:
+        assert command in shell
+    ci = (ROOT / ".ci/run").read_text()
+    assert 'pip install -q -c constraints.txt -e ".[test]" && pytest' in ci
+
+
+def test_the_file_tree_is_the_files():
+    """Each line of the tree in the README names a file or a folder that exists; every module of grape has its line."""
+    (tree,) = [block for block in blocks(README, "text") if block.startswith("grape/")]
+    shown, stack = set(), []
+    for line in tree.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        assert "  " in line.strip(), f"no comment: {line}"
+        stack = [*stack[:depth], name]
+        path = Path("".join(stack))
+        assert (ROOT / path).exists(), path
+        shown.add(str(path))
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / "grape").glob("*.py") if p.name != "__init__.py"}
+    assert modules <= shown, modules - shown
+    packages = {str(p.relative_to(ROOT)) for p in (ROOT / "grape").iterdir() if (p / "__init__.py").exists()}
+    assert packages <= shown, packages - shown
+
+
+def test_links_in_documents_lead_somewhere():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+@pytest.mark.parametrize("word", ["/work/", "/root/", "TODO", "FIXME"])
+def test_documents_speak_of_the_project_alone(word):
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        assert word not in document.read_text(encoding="utf-8")
