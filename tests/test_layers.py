@@ -13,7 +13,9 @@ PACKAGE = Path(grape.__file__).parent
 # A module may import those of the lines above its own, and its siblings in the same folder.
 LAYERS = [
     {"errors", "types", "reward"},
-    {"resources", "scale", "spool", "tables"},
+    {"resources", "scale", "spool", "tables", "record"},
+    {"views"},
+    {"database"},
     {"checkers", "sandbox", "log", "query"},
     {"item"},
     {"rubric", "rows", "judge"},
