@@ -201,6 +201,17 @@ def test_an_answer_is_equal_to_itself(answer):
     assert ask(boxed(answer), answer).score == 1
 
 
+@pytest.mark.parametrize(
+    "reference", ["$18", "18 dollars", "5 km/h", "50%", "x = 18 dollars", "18 apples", "90^\\circ"]
+)
+def test_a_reference_with_a_unit_is_compared_with_any_answer(reference):
+    for answer in ("x+1", "(1,2)", "x>2", "y=2x", "\\sqrt{7}", "\\text{no}", "1:2", "1, 2"):
+        assert ask(boxed(answer), reference).score == 0
+        assert ask(boxed(reference), answer).score == 0
+    assert ask(boxed("\\sqrt{324}"), "$18").score == 1
+    assert ask(boxed("18"), "x = 18 dollars").score == 1
+
+
 def test_the_reasoning_says_what_was_read_and_what_was_expected():
     assert ask("#### 17", "#### 18").reasoning == "reads 17, expected 18"
     assert ask(boxed("5\\text{ cm}"), "5 m").reasoning == "reads 5\\text{ cm} (cm is not m), expected 5 m"

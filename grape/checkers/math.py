@@ -83,13 +83,13 @@ def _expect(reference: str) -> tuple[Reading, str]:
     if expected.words is not None or expected.quantity is not None:
         return expected, ""
     try:
-        errors = [WORKERS.ask({"reference": text}, READ)["error"] for text in {expected.core, expected.text}]
+        errors = [WORKERS.ask({"reference": text}, READ)["error"] for text in {expected.core, expected.stated}]
     except OverLimit as error:
         return expected, f"reading it took {error}"
     return expected, errors[0] if all(errors) else ""
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=4096)
 def _equal(expected: Reading, given: Reading, tolerance: Fraction, timeout: float) -> tuple[bool, str]:
     """Whether two answers are equal, and why not, where that is not plain to see."""
     if expected.words is not None or given.words is not None:
@@ -103,7 +103,7 @@ def _equal(expected: Reading, given: Reading, tolerance: Fraction, timeout: floa
         integers = one.denominator == two.denominator == 1
         return one == two or (not integers and abs(one - two) <= tolerance), ""
     whole = named or expected.equation or given.equation
-    pair = (expected.text, given.text) if whole else (expected.core, given.core)
+    pair = (expected.stated, given.stated) if whole else (expected.core, given.core)
     if pair[0].split() == pair[1].split():
         return True, ""
     try:

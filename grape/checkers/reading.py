@@ -32,6 +32,11 @@ class Reading(NamedTuple):
         """Whether it is a relation that gives no value to a name: `2x = 4`, `x > 2`."""
         return self.core == self.text and is_relation(self.text)
 
+    @property
+    def stated(self) -> str:
+        """All of it but the unit: an equation, or the value with the name that it is given."""
+        return self.core if self.name is None else f"{self.name} = {self.core}"
+
 
 def reading(answer: Answer) -> Reading:
     """What an answer says."""
@@ -45,7 +50,8 @@ def reading(answer: Answer) -> Reading:
     quantity = read(value, answer.latex)
     if quantity is not None:
         unit = Unit(quantity.unit, label=quantity.label)
-        return Reading(text, given.name if given else None, value, unit, quantity)
+        exact = f"\\frac{{{quantity.value.numerator}}}{{{quantity.value.denominator}}}"
+        return Reading(text, given.name if given else None, exact, unit, quantity)
     core, unit = _split_unit(value, answer.latex)
     return Reading(text, given.name if given else None, core, unit)
 
