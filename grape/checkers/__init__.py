@@ -15,14 +15,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 
 from pydantic import Field, ValidationError, create_model
 
-from grape.errors import ConfigError, SandboxError, known, one_line
+from grape.errors import ConfigError, SandboxError, known, one_line, path_of
 from grape.types import Outcome, Question, Response, Strict, Verdict
 
-SHIPPED = ("text", "structure", "style", "refusal", "choice", "numeric", "math", "instructions")
+if TYPE_CHECKING:
+    from grape.sandbox import Sandbox
+
+SHIPPED = ("text", "structure", "style", "refusal", "choice", "numeric", "math", "instructions", "code")
 
 
 class Finding(NamedTuple):
@@ -47,12 +50,16 @@ def from_row(field: str) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checker:
-    """A registered function with the strict model of its keyword arguments."""
+    """A registered function with the strict model of its keyword arguments.
+
+    ``sandboxed`` if it takes one more, ``sandbox``: no argument of a rubric's, but where the run has programs run.
+    """
 
     name: str
     function: Callable[..., float | Finding]
     arguments: type[Strict]
     defaults: Mapping[str, Any]
+    sandboxed: bool = False
 
 
 REGISTRY: dict[str, Checker] = {}
@@ -76,6 +83,8 @@ def _register(name: str, function: F) -> F:
     for parameter in list(signature.parameters.values())[2:]:
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY or parameter.name not in hints:
             raise ConfigError(f"{function.__module__}: checker {name!r}: arguments are keyword-only and have types")
+        if parameter.name == "sandbox":
+            continue
         default = parameter.default
         if default is inspect.Parameter.empty:
             default = ...
@@ -85,7 +94,8 @@ def _register(name: str, function: F) -> F:
     with warnings.catch_warnings():  # an argument may be called `schema`, whatever pydantic calls its own methods
         warnings.filterwarnings("ignore", message="Field name .* shadows an attribute", category=UserWarning)
         model = create_model(name, __base__=Strict, **fields)
-    REGISTRY[name] = Checker(name=name, function=function, arguments=model, defaults=defaults)
+    sandboxed = "sandbox" in signature.parameters
+    REGISTRY[name] = Checker(name=name, function=function, arguments=model, defaults=defaults, sandboxed=sandboxed)
     return function
 
 
@@ -153,7 +163,7 @@ def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
 def _fault(faults: list[Any], fields: list[str]) -> str:
     """The first fault, an unknown argument before any other, with its value and what is known."""
     fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-    path, got = ".".join(str(part) for part in fault["loc"]), one_line(repr(fault["input"]), 60)
+    path, got = path_of(fault["loc"]), one_line(repr(fault["input"]), 60)
     if fault["type"] == "extra_forbidden":
         return f"{path}: no such argument (got {got}; {known(fields, path)})"
     if fault["type"] == "missing":
@@ -161,8 +171,17 @@ def _fault(faults: list[Any], fields: list[str]) -> str:
     return f"{path}: {one_line(fault['msg'].removeprefix('Value error, '))} (got {got})"
 
 
-def run_checker(name: str, arguments: Mapping[str, Any], question: Question, response: Response) -> Finding:
-    """The finding of one checker on one response; raises whatever the checker raises, and ValueError for a bad score."""
+def run_checker(
+    name: str,
+    arguments: Mapping[str, Any],
+    question: Question,
+    response: Response,
+    sandbox: Sandbox | None = None,
+) -> Finding:
+    """The finding of one checker on one response; raises whatever the checker raises, and ValueError for a bad score.
+
+    Without a ``sandbox`` a checker of programs has them confined on this machine, by its own Python.
+    """
     entry = registry()[name]
     values = {key: value for key, value in arguments.items() if _field(value) is None}
     for key, field in row_fields(name, arguments).items():
@@ -172,6 +191,8 @@ def run_checker(name: str, arguments: Mapping[str, Any], question: Question, res
         values[key] = value
     model = entry.arguments.model_validate(values)
     given = {key: getattr(model, key) for key in entry.arguments.model_fields}
+    if entry.sandboxed:
+        given["sandbox"] = sandbox or importlib.import_module("grape.sandbox").local()
     found = entry.function(question, response, **given)
     finding = found if isinstance(found, Finding) else Finding(found)
     score = finding.score
@@ -182,11 +203,17 @@ def run_checker(name: str, arguments: Mapping[str, Any], question: Question, res
 
 
 def check_response(
-    item: str, name: str, arguments: Mapping[str, Any], confidence: float, question: Question, response: Response
+    item: str,
+    name: str,
+    arguments: Mapping[str, Any],
+    confidence: float,
+    question: Question,
+    response: Response,
+    sandbox: Sandbox | None = None,
 ) -> Verdict:
-    """One checker's verdict. A checker that raises is outcome `checker` (`sandbox` for confinement), without a score."""
+    """One checker's verdict. A checker that raises is outcome `checker` (`sandbox` for confinement) and no score."""
     try:
-        finding = run_checker(name, arguments, question, response)
+        finding = run_checker(name, arguments, question, response, sandbox)
     except SandboxError as error:
         return Verdict(item=item, outcome=Outcome.SANDBOX, detail=one_line(error))
     except Exception as error:  # noqa: BLE001 - the one place where a checker's own fault becomes an outcome
