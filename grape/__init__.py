@@ -42,11 +42,36 @@ _HOME = {
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "ConfigError", "Finding", "GrapeError", "Judge", "JudgeError", "Log", "LogError", "Outcome", "Question", "Response",
-    "Rubric", "SandboxError", "Verdict", "advantage", "check", "checker", "from_row", "init", "item_credit", "item_terms",
-    "load_checkers", "load_judge", "load_rubric", "mean_confidence", "quickstart", "rubric_reward", "schema", "score",
+    "ConfigError",
+    "Finding",
+    "GrapeError",
+    "Judge",
+    "JudgeError",
+    "Log",
+    "LogError",
+    "Outcome",
+    "Question",
+    "Response",
+    "Rubric",
+    "SandboxError",
+    "Verdict",
+    "advantage",
+    "check",
+    "checker",
+    "from_row",
+    "init",
+    "item_credit",
+    "item_terms",
+    "load_checkers",
+    "load_judge",
+    "load_rubric",
+    "mean_confidence",
+    "quickstart",
+    "rubric_reward",
+    "schema",
+    "score",
     "sql",
-]  # fmt: skip
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,11 +10,15 @@ import warnings
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from grape.errors import GrapeError
+
+if TYPE_CHECKING:
+    from grape.config import Kind
+    from grape.query import Format
 
 T = TypeVar("T")
 FILE = click.Path(path_type=Path)
@@ -131,7 +135,7 @@ def check(
 
 @cli.command()
 @click.argument("kind", type=click.Choice(["rubric", "judge", "run"]))
-def schema(kind: str) -> None:
+def schema(kind: Kind) -> None:
     """Print the JSON Schema of a KIND of file, for editors."""
     from grape.config import schema
 
@@ -184,7 +188,7 @@ def score(
     "--format", "format_", type=click.Choice(["table", "csv", "json", "jsonl", "parquet"]), default="table",
     show_default=True, help="How the result is written to stdout.",
 )  # fmt: skip
-def sql(query: str | None, log: Path, format_: str) -> None:
+def sql(query: str | None, log: Path, format_: Format) -> None:
     """Ask the critique log a QUERY, read-only; alone, list its tables and views."""
     from grape.query import render, sql
 

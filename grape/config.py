@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from grape.types import Strict, Unit
 
@@ -110,12 +110,15 @@ class RunConfig(Strict):
     seed: int = 0
 
 
-def schema(kind: Literal["rubric", "judge", "run"]) -> dict[str, Any]:
+Kind = Literal["rubric", "judge", "run"]
+
+
+def schema(kind: Kind) -> dict[str, Any]:
     """The JSON Schema of a file, by which editors complete and check it."""
     from grape.judge.config import Judge
     from grape.rubric import Rubric
 
-    models = {"rubric": Rubric, "judge": Judge, "run": RunConfig}
+    models: dict[str, type[BaseModel]] = {"rubric": Rubric, "judge": Judge, "run": RunConfig}
     if kind not in models:
         raise ValueError(f"kind must be rubric, judge or run, not {kind!r}")
     return {

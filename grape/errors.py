@@ -56,7 +56,9 @@ def known(names: Iterable[str], missing: str | None = None) -> str:
 
 
 # What pydantic puts into a path for the member of a union that it tried: no part of the user's file.
-UNION_MEMBER = re.compile(r"str|int|float|bool|(list|dict|tuple|function-\w+|constrained-\w+|lax-or-strict)\b.*[\[(-].*")
+UNION_MEMBER = re.compile(
+    r"str|int|float|bool|(list|dict|tuple|function-\w+|constrained-\w+|lax-or-strict)\b.*[\[(-].*"
+)
 
 
 def path_of(location: Iterable[int | str]) -> str:

@@ -35,7 +35,7 @@ class Extensible(Strict):
 
 
 class AppliesWhen(Strict):
-    """A condition on the question, all of which must hold: `has` and `lacks` name fields, any other key compares one."""
+    """Clauses on the question that must all hold: `has` and `lacks` name fields, any other key compares one."""
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Scalar | list[Scalar]]

@@ -181,10 +181,10 @@ def _names(result: Result) -> list[str]:
 
 def _csv(result: Result) -> Iterator[str]:
     line = io.StringIO()
-    writer = csv.writer(line, lineterminator="")
+    writer = csv.writer(line, lineterminator="\r\n")  # its characters are what is quoted beside commas
     for row in [result.columns, *result.rows]:
         writer.writerow([_text(value) for value in row])
-        yield line.getvalue()
+        yield line.getvalue().removesuffix("\r\n")
         line.seek(0)
         line.truncate()
 
@@ -261,7 +261,7 @@ def _shown(result: Result, stream: IO[Any]) -> Iterator[str]:
                 yield f"{clean(name):>{label}}  {_cell(value, CELL_SHOWN)}"
             yield ""
     else:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="")
         for name, kind in zip(result.columns, result.types, strict=True):
             side: Literal["left", "right"] = "right" if kind.startswith(NUMERIC) else "left"
             table.add_column(Text(clean(name)), justify=side, overflow="fold")
@@ -269,6 +269,6 @@ def _shown(result: Result, stream: IO[Any]) -> Iterator[str]:
             table.add_row(*(Text(_cell(value, CELL_SHOWN)) for value in row))
         with console.capture() as captured:
             console.print(table)
-        yield captured.get().rstrip("\n")
+        yield "\n".join(line.rstrip() for line in captured.get().splitlines()).strip("\n")
     if hidden := len(result.rows) - len(shown.rows):
         yield f"... and {hidden:,} more rows; --format csv, json, jsonl or parquet gives all"

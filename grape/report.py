@@ -68,8 +68,8 @@ def check_lines(records: Sequence[Record]) -> list[Text]:
         for case in failed:
             got = case["outcome"] if case["score"] is None else f"{case['score']:g}"
             why = f" ({case['reasoning']})" if case["reasoning"] else ""
-            line = f"      {record['source']}: cases.{case['case']}.expect.{case['item']}: expected {case['expected']}, got "
-            lines.append(Text(f"{line}{got}{why}"))
+            place = f"{record['source']}: cases.{case['case']}.expect.{case['item']}"
+            lines.append(Text(f"      {place}: expected {case['expected']}, got {got}{why}"))
     return lines
 
 

@@ -130,7 +130,7 @@ def read_yaml(path: str | Path, text: str | None = None) -> Any:
 
 
 def scalar(text: str, tag: str = "") -> str | int | float | bool | None:
-    """What a plain (unquoted) scalar stands for. What was tagged as text in spite of its shape (`!!str 1`) stays text."""
+    """What a plain (unquoted) scalar stands for. What was tagged as text in spite of its shape (`!!str 1`) is text."""
     if CORE_NULL.fullmatch(text):
         return None
     if tag == TAG + "str" and CORE_INT.fullmatch(text):

@@ -221,4 +221,5 @@ def _by_id(value_SJ: Floats, counted_SJ: Bools, id_S: ArrayLike) -> tuple[Floats
 def _divide(numerator: Floats, denominator: Floats) -> Floats:
     """The quotient, and NaN where there is nothing to divide by."""
     nothing = np.full(np.broadcast_shapes(numerator.shape, denominator.shape), np.nan)
-    return np.divide(numerator, denominator, out=nothing, where=denominator != 0)
+    np.divide(numerator, denominator, out=nothing, where=denominator != 0)
+    return nothing

@@ -68,7 +68,7 @@ class Rubric(Extensible):
     formula: Formula = "grape"
     generate: Name | None = None
     improve: Name = "default"
-    items: Annotated[list[Item], Field(min_length=1)]
+    items: list[Item]  # empty where the rows of a category bring all that they are judged on
     cases: list[Case] = []
     _source: str = PrivateAttr("")
     _hash: str = PrivateAttr("")
@@ -139,6 +139,20 @@ def parse_rubric(data: Any, source: str, *, judges: Collection[str] = ()) -> Rub
             critics = {p.removeprefix("critique/") for p in known_prompts if p.startswith("critique/")}
             name("prompt", f"{path}.critique", item.critique, critics)
     return rubric
+
+
+def dump_rubric(rubric: Rubric) -> dict[str, Any]:
+    """Plain data that parses to the same rubric: what was set, with the ``x-*`` keys where they stood."""
+    return _dump(rubric)
+
+
+def _dump(model: Extensible) -> dict[str, Any]:
+    data = model.model_dump(by_alias=True, exclude_unset=True, exclude={"items", "cases"})
+    data = {key: int(v) if isinstance(v, float) and v.is_integer() else v for key, v in data.items()}
+    for key in ("items", "cases"):
+        if key in model.model_fields_set and (children := getattr(model, key)) is not None:
+            data[key] = [_dump(child) for child in children]
+    return {**data, **model.extensions}
 
 
 def _keys_at(error: ValidationError) -> list[str]:

@@ -94,7 +94,7 @@ def parse_scale(value: object) -> Scale:
             raise ValueError(f"choices must be worth 0 to 1, not {max(values, key=lambda v: abs(v - 0.5)):g}")
         return Scale(kind="choices", labels=labels, values=values)
     if kind == "likert" and isinstance(body, Mapping) and len(body) >= 2:
-        points = sorted((_number(point), _label(anchor)) for point, anchor in body.items())
+        points = sorted((_point(point), _label(anchor)) for point, anchor in body.items())
         values, labels = tuple(p for p, _ in points), tuple(a for _, a in points)
         return Scale(kind="likert", labels=labels, values=values, low=values[0], high=values[-1])
     if kind == "numeric" and isinstance(body, list) and len(body) == 2:
@@ -109,6 +109,16 @@ def _number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"a finite number is meant, not {value!r}")
     return float(value)
+
+
+def _point(value: object) -> float:
+    """A point of a Likert scale; as a key of JSON it is text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"a finite number is meant, not {value!r}") from None
+    return _number(value)
 
 
 def _label(value: object) -> str:

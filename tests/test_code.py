@@ -328,6 +328,8 @@ CHECK = "def check(candidate):\n    assert candidate(1) == 2 * helper(1)\n    as
 )
 def test_a_body_completes_the_stub_of_the_question(sandbox: Sandbox, prompt: str, response: str, expected: float):
     assert score(ask(CHECK, prompt, "f"), response, sandbox) == expected
+    share = "expect(call('f', 1) == 4)"
+    assert score(ask(share, prompt), response, sandbox) == expected, "the function that the tests call is known as well"
     chat = Question(
         question_id="q",
         category="coding",

@@ -92,7 +92,9 @@ def test_importing_grape_loads_next_to_nothing():
 
 
 def test_the_text_half_never_loads_torch():
-    modules = ", ".join(f"grape.{path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}" for path in files())
+    modules = ", ".join(
+        f"grape.{path.relative_to(PACKAGE).with_suffix('').as_posix().replace('/', '.')}" for path in files()
+    )
     modules = modules.replace(".__init__", "")
     assert not loaded(f"import {modules}") & {"torch", "transformers", "vllm"}
 

@@ -58,7 +58,8 @@ def test_what_is_not_plain_data_is_one_line(text, line):
 
 def test_a_bomb_of_aliases_is_refused():
     levels = "\n".join(
-        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]" for before, name in zip("abcdefgh", "bcdefghi")
+        f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"
+        for before, name in zip("abcdefgh", "bcdefghi", strict=True)
     )
     with pytest.raises(ConfigError, match="aliases expand"):
         read_yaml("f.yaml", f"a: &a [1]\n{levels}")

@@ -160,7 +160,7 @@ def test_inverse_variance_confidence_reduces_variance_for_equal_weights_and_need
 
 def test_every_mutant_of_the_reward_is_caught_by_a_golden_vector():
     alive, total = survivors(module, CHECKS)
-    assert total > 150
+    assert total > 140
     # Two comparisons allow for rounding: `<=` and `<` differ there only at a value that no input reaches.
     assert [line.split(": ")[1:3] for line in alive] == [
         ["LtE", "kept = gated | (applies.any(axis=1) & (missing <= (max_missing + TIE) * weight.sum(axis=1)))"],

@@ -256,9 +256,7 @@ def test_without_judges_their_items_do_not_apply(tmp_path, caplog):
     records = run(rows(1, 2), use_judges=False, **options)
     assert records[1]["items"]["kind"]["outcome"] == "not_applicable"
     assert [record["reward"] for record in records] == [0, 1]
-    assert caplog.messages == [
-        "no judges: left out as not applicable: support/clear, support/kind, support/rude"
-    ]
+    assert caplog.messages == ["no judges: left out as not applicable: support/clear, support/kind, support/rude"]
 
 
 def test_a_judge_that_is_not_there_is_one_line_before_any_work(tmp_path):

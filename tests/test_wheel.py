@@ -59,7 +59,8 @@ def test_the_wheel_holds_the_package_and_its_data(built):
 
 def test_no_archive_ships_a_stray_secret(built):
     wheel, sdist = built
-    names = zipfile.ZipFile(wheel).namelist() + tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = zipfile.ZipFile(wheel).namelist() + archive.getnames()
     assert not [name for name in names if name.endswith((".env", "key.txt", "notes.txt", ".pyc"))]
 
 

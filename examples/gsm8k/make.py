@@ -38,10 +38,9 @@ def rows() -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Write the rows beside this file."""
     out = HERE / "responses.jsonl"
-    with out.open("w", encoding="utf-8") as file:
-        for number, row in enumerate(rows(), 1):
-            file.write(json.dumps(row) + "\n")
-    print(f"{out}: {number} responses")
+    lines = [json.dumps(row) + "\n" for row in rows()]
+    out.write_text("".join(lines), encoding="utf-8")
+    print(f"{out}: {len(lines)} responses")
 
 
 if __name__ == "__main__":

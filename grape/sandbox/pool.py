@@ -114,9 +114,13 @@ class Sandbox:
         self.close()
 
 
-@cache
 def local() -> Sandbox:
     """This process's own sandbox, for callers that bring none: confined, with everything at its default."""
+    return _local(os.getpid())  # a fork must not talk to its parent's interpreters
+
+
+@cache
+def _local(_: int) -> Sandbox:
     sandbox = Sandbox()
     atexit.register(sandbox.close)
     return sandbox

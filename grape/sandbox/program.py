@@ -110,7 +110,8 @@ def load(order: dict[str, Any], name: str) -> dict[str, Any]:
     """The namespace of the program that defines ``name``."""
     module = sys.modules["program"] = types.ModuleType("program")
     module.__file__ = FILE
-    for source in choose(order["blocks"], name, prompt_code(order["prompts"], order["entry_point"])):
+    prompt = prompt_code(order["prompts"], order["entry_point"] or name)
+    for source in choose(order["blocks"], name, prompt):
         exec(compile(source, FILE, "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
