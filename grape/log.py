@@ -41,7 +41,7 @@ class Log:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(path).resolve()
         self._owner = os.getpid()
         self._writing = threading.Lock()  # the spool's files
         self._storing = threading.Lock()  # the one connection
@@ -105,8 +105,8 @@ class Log:
         atexit.unregister(self.close)
         self._closing.set()
         self._queued.set()
-        self._thread.join()
         try:
+            self._thread.join()
             self._store(CLOSING)
         except Busy as error:
             logger.warning("%s; what waits in %s is stored when it is next opened", error, self._spool.folder)
@@ -171,7 +171,8 @@ class Log:
 
 
 def spool_folder(path: Path) -> Path:
-    """Where the records of a log wait."""
+    """Where the records of a log wait: beside the file itself, by whatever link it was opened."""
+    path = path.resolve()
     return path.with_name(f"{path.name}.spool")
 
 
