@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import shutil
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -17,6 +19,7 @@ from grape.checkers import check_response, run_checker
 from grape.checkers.code import pieces
 from grape.errors import ConfigError
 from grape.sandbox import Sandbox
+from grape.scoring import score as score_rows
 from grape.types import Outcome, Question, Response
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,8 +40,13 @@ TASKS = {task["task_id"].split("/")[1]: task for task in MAKE.tasks()}
 SAMPLE = ("2", "32", "38", "74", "115")
 
 
+CONFINED = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+
+
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
     with Sandbox(workers=2) as sandbox:
         yield sandbox
 
@@ -422,6 +430,7 @@ def f(known):
 """
 
 
+@CONFINED
 def test_the_text_of_the_tests_is_not_in_the_programs_memory():
     tests = (
         "known, hidden = call('f', 'well' + '-known')\nexpect(known)\nexpect(hidden < 10)\n" + "# hidden-answer\n" * 50
@@ -441,6 +450,29 @@ def test_the_shipped_service_serves_the_checker(sandbox: Sandbox):
             with pytest.raises(ConfigError, match="neither expect"):
                 score(ask("1"), "1", remote)
         server.shutdown()
+
+
+RUBRIC = """
+rubric: coding
+version: 1
+category: coding
+items:
+  - id: tests
+    criterion: Passes the question's tests.
+    weight: 3
+    check: code
+    with: {timeout: 3}
+    applies_when: {has: tests}
+"""
+
+
+@CONFINED
+def test_rows_with_programs_are_scored_end_to_end(tmp_path: Path):
+    (tmp_path / "coding.yaml").write_text(RUBRIC)
+    rows = [row for row in MAKE.rows() if row["question_id"] in ("HumanEval/0", "HumanEval/38")]
+    records = asyncio.run(score_rows(rows, rubrics=tmp_path, use_judges=False))
+    assert [record["reward"] for record in records] == [1.0, 1.0, 0.0, 0.0] * 2
+    assert [record["advantage"] for record in records] == [0.5, 0.5, -0.5, -0.5] * 2
 
 
 def test_pieces_of_an_answer():

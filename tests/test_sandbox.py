@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,11 +26,17 @@ from grape.sandbox.plain import decode, encode
 from grape.sandbox.seccomp import program as system_call_filter
 
 PYTHON = "/usr/bin/python3"
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="programs are confined on Linux")
+
+
+CONFINED = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[Sandbox]:
+    if shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
     with Sandbox(workers=1) as sandbox:
         yield sandbox
 
@@ -444,12 +452,14 @@ def test_a_sandbox_that_hangs_is_replaced(sandbox: Sandbox, monkeypatch: pytest.
     assert sandbox.run("print(2)", timeout=0.3).stdout == "2\n"
 
 
+@CONFINED
 def test_several_threads_share_a_sandbox():
     with Sandbox(workers=2) as sandbox, ThreadPoolExecutor(6) as threads:
         done = list(threads.map(lambda n: sandbox.run(f"print({n} * int(input()))", "3").stdout, range(40)))
     assert done == [f"{3 * n}\n" for n in range(40)]
 
 
+@CONFINED
 def test_nothing_starts_before_the_first_program_and_nothing_is_left_after_the_last():
     before = set(descendants(os.getpid()))
     with Sandbox(workers=2) as sandbox:
@@ -469,6 +479,33 @@ def test_a_sandbox_outlives_the_thread_that_used_it_first(sandbox: Sandbox):
         assert confined(own)["main"].process.pid == first
 
 
+PARENT = """
+import sys
+from grape.sandbox import Sandbox
+with Sandbox(workers=1) as sandbox:
+    sandbox.run(sys.argv[1], timeout=60)
+"""
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    """Whether something comes true, for which a busy machine may take its time."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return condition()
+
+
+@CONFINED
+def test_when_the_parent_is_killed_nothing_stays_behind():
+    source = "import os\nfor _ in range(3):\n    if not os.fork(): os.setsid()\nwhile True: pass"
+    with subprocess.Popen([sys.executable, "-c", PARENT, source], cwd=ROOT) as parent:
+        assert soon(lambda: len(descendants(parent.pid)) >= 10)  # bubblewrap, the interpreter and eight forks
+        below = descendants(parent.pid)
+        parent.kill()
+    assert soon(lambda: not any(Path(f"/proc/{pid}").exists() for pid in below))
+
+
+@CONFINED
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_an_ordinary_user_is_confined_as_well():
     pid = os.fork()
@@ -522,6 +559,7 @@ def test_an_interpreter_that_is_missing_is_a_sandbox_error():
         sandbox.run("print(1)")
 
 
+@CONFINED
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's programs run as that user")
 def test_an_interpreter_that_the_confined_user_cannot_reach_is_a_sandbox_error(tmp_path: Path):
     tmp_path.chmod(0o700)
@@ -531,6 +569,7 @@ def test_an_interpreter_that_the_confined_user_cannot_reach_is_a_sandbox_error(t
         sandbox.run("print(1)")
 
 
+@CONFINED
 def test_a_virtual_environment_can_be_the_interpreter():
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
