@@ -182,7 +182,8 @@ def orphans(folder: Path) -> Iterator[list[Segment]]:
 def _scan(path: Path) -> Segment:
     """A segment as it was left: a record that the kill cut short was never acknowledged, and is cut off."""
     segment = Segment(path=path)
-    longest, tables, position = 0, set(), 0
+    tables: set[str] = set()
+    longest = position = 0
     with path.open("r+b") as file:
         for line in file:
             position += len(line)
