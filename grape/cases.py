@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grape.checkers import load_checkers
 from grape.errors import ConfigError
@@ -19,12 +20,16 @@ from grape.rubric import Case, Rubric, bounds, load_rubric
 from grape.scoring import load_judges, make_critics
 from grape.types import Outcome, Question, Response, Verdict
 
+if TYPE_CHECKING:
+    from grape.sandbox import Sandbox
+
 
 async def check(
     rubrics: Sequence[str | Path] = (),
     *,
     judges: Mapping[str, str | Path | Judge] | None = None,
     checkers: Sequence[str | Path] = (),
+    sandbox: Sandbox | None = None,
     live: bool = False,
 ) -> list[Record]:
     """Load rubrics (names, files or folders; all that are found where none is named) and run their cases.
@@ -42,7 +47,7 @@ async def check(
             "source": rubric.source,
             "category": rubric.category,
             "items": len(flatten(rubric.items)),
-            "cases": await _run_cases(rubric, given, live),
+            "cases": await _run_cases(rubric, given, sandbox, live),
         }
         for rubric in loaded
     ]
@@ -60,14 +65,16 @@ def _expand(rubrics: Sequence[str | Path]) -> list[str | Path]:
     return found
 
 
-async def _run_cases(rubric: Rubric, judges: Mapping[str, str | Path | Judge], live: bool) -> list[Record]:
+async def _run_cases(
+    rubric: Rubric, judges: Mapping[str, str | Path | Judge], sandbox: Sandbox | None, live: bool
+) -> list[Record]:
     if not rubric.cases:
         return []
     plans = plan_rows(_rows(rubric), {rubric.category: rubric})
     asked = load_judges(_expected_of_judges(rubric, plans), judges) if live or judges else {}
     asked = {name: judge for name, judge in asked.items() if live or judge.client == "replay"}
     results = []
-    async with Panel(make_critics(asked, None, "check", None)) as panel:
+    async with Panel(make_critics(asked, None, "check", None), sandbox) as panel:
         await panel.reach()
         for number, case in enumerate(rubric.cases):
             plan = plans[f"cases.{number}"]

@@ -19,6 +19,7 @@ from grape.errors import GrapeError
 if TYPE_CHECKING:
     from grape.config import Kind
     from grape.query import Format
+    from grape.sandbox import Sandbox
 
 T = TypeVar("T")
 FILE = click.Path(path_type=Path)
@@ -80,6 +81,27 @@ CHECKERS = click.option("--checkers", multiple=True, type=FILE, metavar="FILE",
                         help="A Python file of your own checkers (@grape.checker).")  # fmt: skip
 
 
+PYTHON = click.option(
+    "--python", metavar="PATH", help="The interpreter of programs, e.g. a venv's. Default: the system's."
+)
+SANDBOX = click.option("--sandbox", "service", metavar="URL", help="A sandbox service that runs programs instead.")
+UNSAFE = click.option("--unsafe-code", is_flag=True, help="Run programs as this user, UNCONFINED but for limits.")
+
+
+def _sandbox(python: str | None, service: str | None, unsafe_code: bool) -> Sandbox | None:
+    """Where programs run; None for the default, which starts only when a program does."""
+    if not (python or service or unsafe_code):
+        return None
+    if service and (python or unsafe_code):
+        raise click.UsageError("--sandbox goes without --python and --unsafe-code: the service runs the programs")
+    from grape.sandbox import Sandbox
+    from grape.sandbox.confine import DEFAULT_INTERPRETER
+
+    sandbox = Sandbox(interpreter=python or DEFAULT_INTERPRETER, unsafe=unsafe_code, url=service)
+    click.get_current_context().call_on_close(sandbox.close)
+    return sandbox
+
+
 def _with_progress(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
     """Run a coroutine function that reports progress, with a bar on stderr (rate and time left) on a terminal."""
     from rich.console import Console
@@ -114,16 +136,27 @@ def init(folder: Path) -> None:
 @click.argument("rubrics", nargs=-1)
 @JUDGE
 @CHECKERS
+@PYTHON
+@SANDBOX
+@UNSAFE
 @click.option("--live", is_flag=True, help="Ask the judges too; otherwise only replay judges answer.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines instead of text.")
 def check(
-    rubrics: tuple[str, ...], judges: dict[str, str], checkers: tuple[Path, ...], live: bool, as_json: bool
+    rubrics: tuple[str, ...],
+    judges: dict[str, str],
+    checkers: tuple[Path, ...],
+    python: str | None,
+    service: str | None,
+    unsafe_code: bool,
+    live: bool,
+    as_json: bool,
 ) -> None:
     """Validate RUBRICS (names, files or folders; all where none is given) and run their cases."""
     from grape.cases import check, failed_cases
     from grape.report import check_lines, show
 
-    records = asyncio.run(check(rubrics, judges=judges, checkers=checkers, live=live))
+    sandbox = _sandbox(python, service, unsafe_code)
+    records = asyncio.run(check(rubrics, judges=judges, checkers=checkers, sandbox=sandbox, live=live))
     if as_json:
         for record in records:
             click.echo(json.dumps(record))
@@ -149,6 +182,9 @@ def schema(kind: Kind) -> None:
 @click.option("--log", type=FILE, default=Path("critiques.duckdb"), show_default=True, help="The critique log.")
 @click.option("--out", type=FILE, metavar="FILE", help="Write one JSON line per response.")
 @CHECKERS
+@PYTHON
+@SANDBOX
+@UNSAFE
 @click.option("--no-judges", is_flag=True, help="Leave judge items out as not applicable.")
 @click.option("--resume", is_flag=True, help="Go on with the last run of the same inputs; ask nothing twice.")
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
@@ -159,6 +195,9 @@ def score(
     log: Path,
     out: Path | None,
     checkers: tuple[Path, ...],
+    python: str | None,
+    service: str | None,
+    unsafe_code: bool,
     no_judges: bool,
     resume: bool,
     as_json: bool,
@@ -167,9 +206,11 @@ def score(
     from grape.report import score_summary, score_table, show
     from grape.scoring import score
 
+    sandbox = _sandbox(python, service, unsafe_code)
     records = _with_progress(
         lambda progress: score(
             responses, rubrics=rubrics, judges=judges, log=log, out=out, checkers=checkers,
+            sandbox=sandbox,
             use_judges=not no_judges, resume=resume, progress=progress,
         )
     )  # fmt: skip

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from grape.batch import Judged, fails_gate
 from grape.checkers import check_response
@@ -17,6 +18,9 @@ from grape.judge.critic import Critic
 from grape.plan import Plan
 from grape.types import Outcome, Question, Response, Verdict
 
+if TYPE_CHECKING:
+    from grape.sandbox import Sandbox
+
 Progress = Callable[[int, int], None]  # responses done, responses in all
 
 
@@ -24,11 +28,13 @@ class Panel:
     """Judges any number of responses at once on one event loop; each is judged as soon as it is given.
 
     Gates come first, checkers before judges, since a failed gate spares every other item of its response. Checkers
-    run in threads. A panel owns its critics and closes them.
+    run in threads, programs in ``sandbox`` (default: confined on this machine). A panel owns its critics and closes
+    them.
     """
 
-    def __init__(self, critics: Mapping[str, Critic]) -> None:
+    def __init__(self, critics: Mapping[str, Critic], sandbox: Sandbox | None = None) -> None:
         self._critics = critics
+        self._sandbox = sandbox
         self._num_threads = max(4, os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="grape-checker")
 
@@ -98,12 +104,12 @@ class Panel:
             return await self._critics[item.judge].verdict(question, response, item)
         assert item.check is not None, "a plan has no other kind of item"
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, _check, item, item.check, question, response)
+        return await loop.run_in_executor(self._threads, _check, item, item.check, question, response, self._sandbox)
 
 
-def _check(item: Item, name: str, question: Question, response: Response) -> Verdict:
+def _check(item: Item, name: str, question: Question, response: Response, sandbox: Sandbox | None) -> Verdict:
     start = perf_counter()
-    verdict = check_response(item.id, name, item.arguments, item.confidence, question, response)
+    verdict = check_response(item.id, name, item.arguments, item.confidence, question, response, sandbox)
     return replace(verdict, latency=perf_counter() - start)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from grape.batch import settle
@@ -30,6 +30,9 @@ from grape.reward import Baseline, Scale
 from grape.rows import Rows, read_rows
 from grape.rubric import Rubric, load_rubrics
 
+if TYPE_CHECKING:
+    from grape.sandbox import Sandbox
+
 logger = logging.getLogger("grape")
 
 
@@ -41,6 +44,7 @@ async def score(
     log: str | Path | None = None,
     out: str | Path | None = None,
     checkers: Sequence[str | Path] = (),
+    sandbox: Sandbox | None = None,
     use_judges: bool = True,
     resume: bool = False,
     baseline: Baseline = "group_mean",
@@ -52,7 +56,8 @@ async def score(
     ``responses`` is a JSONL or Parquet file, or mappings (a `datasets.Dataset`, say). ``judges`` maps names used in
     rubrics to judge files. With ``log`` every verdict, judge call, reward and advantage is stored in that DuckDB file;
     ``resume`` takes up the last run of the same inputs in it, and asks nothing again that was answered. ``out`` gets
-    the records as JSON lines. ``use_judges=False`` leaves judge items out as not applicable.
+    the records as JSON lines. ``use_judges=False`` leaves judge items out as not applicable. Programs run in
+    ``sandbox`` (default: confined on this machine).
 
     A record holds `response_id, question_id, category, reward` (None if unscorable), `advantage` and `items`.
     Raises `ConfigError`, before any work, for a wrong file, row or judge.
@@ -80,7 +85,7 @@ async def score(
     async with AsyncExitStack() as stack:
         store = stack.enter_context(Log(log)) if log is not None else None
         run = run.resumed(store) if store and resume else run
-        panel = await stack.enter_async_context(Panel(make_critics(loaded, store, run.name, run.answered)))
+        panel = await stack.enter_async_context(Panel(make_critics(loaded, store, run.name, run.answered), sandbox))
         panel.check(plans.values())
         await panel.reach()
         if store and not run.known:

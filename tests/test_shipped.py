@@ -257,7 +257,7 @@ def scale(item):
     if item.items:
         return "-"
     if item.check:
-        return "by degrees" if item.check in {"repetition", "stock_phrases"} else "0 or 1"
+        return {"repetition": "by degrees", "stock_phrases": "by degrees", "code": "share of tests"}.get(item.check, "0 or 1")
     return "binary" if item.scale.kind == "binary" else f"{item.scale.kind}, {len(item.scale.labels)}"
 
 
