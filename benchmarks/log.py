@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grape.database import read
 from grape.log import Log
+from grape.log.database import read
 
 BATCH = 64
 ITEMS = 8

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from grape.checkers import Finding, checker, from_row, load_checkers
     from grape.config import schema
     from grape.errors import ConfigError, GrapeError, JudgeError, LogError, SandboxError
+    from grape.formats import convert
     from grape.judge.config import Judge, load_judge
     from grape.log import Log
-    from grape.query import sql
+    from grape.log.query import sql
     from grape.reward import advantage, item_credit, item_terms, mean_confidence, rubric_reward
     from grape.rubric import Rubric, load_rubric
     from grape.scoring import score
@@ -29,9 +30,10 @@ _HOME = {
     "checkers": ("Finding", "checker", "from_row", "load_checkers"),
     "config": ("schema",),
     "errors": ("ConfigError", "GrapeError", "JudgeError", "LogError", "SandboxError"),
+    "formats": ("convert",),
     "judge.config": ("Judge", "load_judge"),
     "log": ("Log",),
-    "query": ("sql",),
+    "log.query": ("sql",),
     "reward": ("advantage", "item_credit", "item_terms", "mean_confidence", "rubric_reward"),
     "rubric": ("Rubric", "load_rubric"),
     "scoring": ("score",),
@@ -58,6 +60,7 @@ __all__ = [
     "advantage",
     "check",
     "checker",
+    "convert",
     "from_row",
     "init",
     "item_credit",

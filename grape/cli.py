@@ -18,7 +18,7 @@ from grape.errors import GrapeError
 
 if TYPE_CHECKING:
     from grape.config import Kind
-    from grape.query import Format
+    from grape.log.query import Format
     from grape.sandbox import Sandbox
 
 T = TypeVar("T")
@@ -176,6 +176,31 @@ def schema(kind: Kind) -> None:
 
 
 @cli.command()
+@click.argument("file", type=FILE)
+@click.option("--from", "from_", metavar="FORMAT", required=True, help="What FILE is written in.")
+@click.option("--to", metavar="FORMAT", required=True, help="What it becomes.")
+@click.option("--out", type=FILE, metavar="FILE", required=True, help="Where it is written.")
+@click.option(
+    "--polarity", type=FILE, metavar="FILE", help="YAML that decides what FILE leaves open: title -> polarity."
+)
+@CHECKERS
+def convert(file: Path, from_: str, to: str, out: Path, polarity: Path | None, checkers: tuple[Path, ...]) -> None:
+    """Convert a rubric or a data set of rubrics between formats, without loss.
+
+    Formats: grape, healthbench, rar, paperbench, prometheus, autorubric, rubric, verifiers, openai-evals, dr-tulu,
+    rlcf, promptfoo, ifeval, constitution.
+    """
+    from grape.checkers import load_checkers
+    from grape.formats import convert
+
+    for path in checkers:
+        load_checkers(path)
+    done = convert(file, from_, to, out, polarity=polarity)
+    what = f"{done.questions} questions with " if done.questions else ""
+    click.echo(f"{out}: {what}{done.items} items")
+
+
+@cli.command()
 @click.argument("responses", type=FILE)
 @click.option("--rubrics", type=FILE, metavar="DIR", help="A folder of rubrics, or one file. Default: the search path.")
 @JUDGE
@@ -231,7 +256,7 @@ def score(
 )  # fmt: skip
 def sql(query: str | None, log: Path, format_: Format) -> None:
     """Ask the critique log a QUERY, read-only; alone, list its tables and views."""
-    from grape.query import render, sql
+    from grape.log.query import render, sql
 
     render(sql(query, log), format_, sys.stdout)
 
@@ -240,7 +265,7 @@ def sql(query: str | None, log: Path, format_: Format) -> None:
 @click.option("--log", type=FILE, default=Path("quickstart.duckdb"), show_default=True, help="The critique log.")
 def quickstart(log: Path) -> None:
     """Score real responses of four models to maths questions, and show what SQL can ask."""
-    from grape.query import render, sql
+    from grape.log.query import render, sql
     from grape.report import score_summary, score_table, show
     from grape.tour import QUESTIONS, quickstart
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from grape.convert import FORMATS, convert, files
+from grape.formats import FORMATS, convert, files
 
 FOLDER = Path(__file__).parent.parent / "examples/formats"
 POLARITY = FOLDER / "rar-polarity.yaml"

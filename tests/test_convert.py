@@ -7,8 +7,8 @@ import json
 import pytest
 from foreign import EXAMPLES, FOLDER, POLARITY, back, data, edited, format_of, rows, there, written
 
-from grape.convert import FORMATS, NAMES, convert
 from grape.errors import ConfigError
+from grape.formats import FORMATS, NAMES, convert
 from grape.item import flatten, paths, weights
 from grape.plan import plan_rows
 from grape.rows import read_rows

@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
-from grape.convert import convert, files
 from grape.errors import ConfigError
+from grape.formats import convert, files
 from grape.resources import read_yaml
 
 ROW = {"prompt": "Hi?", "prompt_id": "p", "rubrics": [{"criterion": "Greets.", "points": 2, "tags": []}]}

@@ -15,12 +15,12 @@ import duckdb
 import numpy as np
 import pytest
 
-from grape import database, spool
-from grape.database import Busy, read
 from grape.errors import LogError
-from grape.log import Log, recover, spool_folder, store, writable
-from grape.spool import Spool
-from grape.tables import MIGRATIONS
+from grape.log import Log, database, recover, spool, spool_folder
+from grape.log.database import Busy, read
+from grape.log.spool import Spool
+from grape.log.tables import MIGRATIONS
+from grape.log.writer import store, writable
 
 ROOT = Path(__file__).parent.parent
 
@@ -298,7 +298,7 @@ def left_behind(path: Path, *records: dict[str, list[dict[str, object]]]) -> lis
     child = python(
         """
         import os, signal, sys, json
-        from grape import log
+        from grape.log import writer as log
         log.FLUSH_EVERY = 1000
         writer = log.Log(sys.argv[1])
         for record in json.loads(sys.stdin.readline()):
@@ -393,7 +393,7 @@ def test_a_spool_that_cannot_be_written_refuses_the_record_and_no_other(tmp_path
         """
         import resource, signal, sys
         from pathlib import Path
-        from grape.spool import Spool
+        from grape.log.spool import Spool
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         spool = Spool(Path(sys.argv[1]))
         line = b'{"steps":{"run":"%d"}}\\n'
@@ -470,7 +470,7 @@ def test_two_writers_and_a_polling_reader_get_along(path):
     """
     reader = """
         import sys, time
-        from grape.database import read
+        from grape.log.database import read
         seen = []
         while not seen or seen[-1] < 2 * 120 * 64:
             seen.append(read(sys.argv[1], "SELECT count(*) FROM verdicts")[0][0])
@@ -514,7 +514,7 @@ def test_a_long_reader_delays_the_flush_and_never_append(path):
 
 
 def test_what_a_closing_log_cannot_store_waits_for_the_next_opening(path, monkeypatch, caplog):
-    monkeypatch.setattr("grape.log.CLOSING", 0.1)
+    monkeypatch.setattr("grape.log.writer.CLOSING", 0.1)
     with Log(path) as log:
         reader = holding(path)
         log.append(verdicts=[{"run": "a"}])
@@ -570,7 +570,7 @@ def test_a_forked_child_cannot_use_its_parents_log_nor_keep_its_spool_alive(path
     script = """
         import os, signal, sys, time
         from grape.errors import LogError
-        from grape import log
+        from grape.log import writer as log
         log.FLUSH_EVERY = 1000
         writer = log.Log(sys.argv[1])
         writer.append(steps=[{"run": "a"}])
@@ -595,8 +595,8 @@ def test_a_forked_child_cannot_use_its_parents_log_nor_keep_its_spool_alive(path
 
 
 def test_a_fault_in_the_background_is_reported_and_nothing_is_lost(path, caplog, monkeypatch):
-    monkeypatch.setattr("grape.log.FLUSH_EVERY", 0.05)
-    monkeypatch.setattr("grape.log.RETRY_EVERY", 0.05)
+    monkeypatch.setattr("grape.log.writer.FLUSH_EVERY", 0.05)
+    monkeypatch.setattr("grape.log.writer.RETRY_EVERY", 0.05)
     with Log(path) as log:
         with duckdb.connect(str(path)) as connection:
             connection.execute("ALTER TABLE spools RENAME TO hidden")

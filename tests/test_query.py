@@ -19,7 +19,7 @@ import pytest
 
 from grape.errors import ConfigError, LogError
 from grape.log import Log, spool_folder
-from grape.query import Result, render, sql
+from grape.log.query import Result, render, sql
 
 ROOT = Path(__file__).parent.parent
 EVIL = "a\x1b[31mred\x1b]0;title\x07 \x9b2J \r\n\u202etxt\x7f"
@@ -223,7 +223,7 @@ def test_rows_that_a_killed_run_left_are_seen(tmp_path):
     path = tmp_path / "log.duckdb"
     script = """
         import os, signal, sys
-        from grape import log
+        from grape.log import writer as log
         log.FLUSH_EVERY = 1000
         log.Log(sys.argv[1]).append(steps=[{"run": "killed"}])
         os.kill(os.getpid(), signal.SIGKILL)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from grape.log import Log
-from grape.query import sql
+from grape.log.query import sql
 
 
 @pytest.fixture

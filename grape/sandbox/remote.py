@@ -12,18 +12,21 @@ import urllib.request
 from pydantic import ValidationError
 
 from grape.errors import SandboxError, one_line
+from grape.sandbox.broker import TESTS_SECONDS
+from grape.sandbox.channel import PATIENCE
 from grape.sandbox.job import Job, Report
 
-OVERHEAD = 60.0  # seconds that the service may take beside the program's own
+OVERHEAD = 60.0  # seconds that the service may take beside those of the program and its tests
 LARGEST = 2**20  # bytes of a report
 
 
 def ask(url: str, job: Job) -> Report:
     """The service's report; SandboxError where there is none."""
     data = job.model_dump_json().encode("utf-8")
+    seconds = PATIENCE * (job.timeout + TESTS_SECONDS) + OVERHEAD
     try:
         request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
-        with urllib.request.urlopen(request, timeout=10 * job.timeout + OVERHEAD) as reply:
+        with urllib.request.urlopen(request, timeout=seconds) as reply:
             return Report.model_validate_json(reply.read(LARGEST))
     except urllib.error.HTTPError as error:
         text = error.read(500).decode("utf-8", "replace")

@@ -24,6 +24,7 @@ class Plan:
     checks: bool = False  # HumanEval's form: `check(candidate)`
     statements: list[CodeType] = field(default_factory=list)
     sites: list[int] = field(default_factory=list)
+    bound: set[str] = field(default_factory=set)  # names that are given a value anywhere in the tests
     fault: str = ""
 
     def touches(self, lines: set[int]) -> bool:
@@ -35,6 +36,7 @@ def plan(source: str, entry_point: str | None) -> Plan:
     """Read the tests; SyntaxError or ValueError where they are not Python."""
     tree = ast.parse(source, FILE)
     made = Plan(source, {"call", "run", "candidate"} | ({entry_point} if entry_point else set()))
+    made.bound = set(_bound(tree))
     made.checks = any(is_check(statement) for statement in tree.body)
     made.sites = sorted(node.lineno for node in ast.walk(tree) if isinstance(node, ast.Call) and is_expect(node))
     if made.checks and not entry_point:
@@ -106,9 +108,12 @@ def tainted_lines(tree: ast.Module, names: set[str]) -> set[int]:
     """The lines whose outcome may depend on what the program gave, from the names that give it.
 
     All names of a statement that has a tainted one are taken to be tainted, whatever their scope, and so is all that
-    stands under a condition or loop over one. Builtins and imported modules are not.
+    stands under a condition or loop over one. Builtins and imported modules are not, but code made from text may be
+    anything.
     """
-    clean = set(dir(builtins)) | {"expect"} | set(_imported(tree))
+    clean = ((set(dir(builtins)) - names) | {"expect"} | set(_imported(tree))) - set(_bound(tree))
+    if {"exec", "eval", "globals", "locals", "vars"} & set(_names(tree)):
+        return set(range(1, 1 + max((node.end_lineno or 0 for node in tree.body), default=0)))
     units = list(_units(tree.body, ()))
     size = -1
     while size < len(names):
@@ -158,5 +163,18 @@ def _names(node: ast.AST) -> Iterator[str]:
     for part in ast.walk(node):
         if isinstance(part, ast.Name):
             yield part.id
+        elif isinstance(part, ast.Attribute):
+            yield part.attr
         elif isinstance(part, ast.arg):
             yield part.arg
+
+
+def _bound(tree: ast.Module) -> Iterator[str]:
+    """Names that get a value anywhere but by an import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
+            yield node.id
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler)):
+            yield node.name or ""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from grape.convert.criteria import ITEM_KEYS, Criteria, Reader, Writer
-from grape.convert.decisions import Decisions
-from grape.convert.keep import (
+from grape.formats.criteria import ITEM_KEYS, Criteria, Reader, Writer
+from grape.formats.decisions import Decisions
+from grape.formats.keep import (
     GROUP,
     ITEM,
     NOTES,

@@ -15,11 +15,11 @@ from typing import Any
 
 import duckdb
 
-from grape import database
-from grape.database import PATIENCE, Busy, connect, read
 from grape.errors import LogError, one_line
-from grape.record import PLAIN, Row, Schema, encode
-from grape.spool import Segment, Spool, orphans
+from grape.log import database
+from grape.log.database import PATIENCE, Busy, connect, read
+from grape.log.record import PLAIN, Row, Schema, encode
+from grape.log.spool import Segment, Spool, orphans
 
 FLUSH_EVERY = 0.5  # seconds that a row waits in the spool at most while the file is free
 RETRY_EVERY = 5.0  # seconds between attempts after a fault that is not a lock, such as a full disk

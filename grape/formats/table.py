@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from grape.convert.criteria import Criteria, Reader, Writer
-from grape.convert.decisions import Decisions
-from grape.convert.keep import NOTES, Data, Ids, Place, block, keep, mapping, need, notes, ordered, restore, sequence
 from grape.errors import one_line
+from grape.formats.criteria import Criteria, Reader, Writer
+from grape.formats.decisions import Decisions
+from grape.formats.keep import NOTES, Data, Ids, Place, block, keep, mapping, need, notes, ordered, restore, sequence
 from grape.resources import digest
 
 ROW_KEYS = (

@@ -11,11 +11,11 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from grape.convert.keep import NOTES, Data, Place, mapping, need
-from grape.convert.scaled import ANCHOR, PROMETHEUS
-from grape.convert.signed import DR_TULU, HEALTHBENCH, RAR, signed
-from grape.convert.table import Items, Objects, Table, noted, question, question_id, rest, spread, turns
 from grape.errors import one_line
+from grape.formats.keep import NOTES, Data, Place, mapping, need
+from grape.formats.scaled import ANCHOR, PROMETHEUS
+from grape.formats.signed import DR_TULU, HEALTHBENCH, RAR, signed
+from grape.formats.table import Items, Objects, Table, noted, question, question_id, rest, spread, turns
 
 
 def load_healthbench(theirs: Data, place: Place, items: Items) -> Data:

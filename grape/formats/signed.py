@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grape.convert.criteria import Criteria, Reader, Writer, scale_of, weighs_nothing
-from grape.convert.keep import Data, Place, made_by, mapping, need, number, sequence, text
-from grape.convert.sheet import Sheet, listed, points
+from grape.formats.criteria import Criteria, Reader, Writer, scale_of, weighs_nothing
+from grape.formats.keep import Data, Place, made_by, mapping, need, number, sequence, text
+from grape.formats.sheet import Sheet, listed, points
 
 PITFALL = "pitfall"
 

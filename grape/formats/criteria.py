@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from grape.convert.decisions import Decisions
-from grape.convert.keep import (
+from grape.errors import one_line
+from grape.formats.decisions import Decisions
+from grape.formats.keep import (
     GROUP,
     ITEM,
     NOTES,
@@ -27,7 +28,6 @@ from grape.convert.keep import (
     sequence,
     text_id,
 )
-from grape.errors import one_line
 from grape.scale import Scale, parse_scale
 
 ITEM_KEYS = (

@@ -19,8 +19,8 @@ from typing import Any
 import duckdb
 
 from grape.errors import LogError, one_line
-from grape.tables import BOOKKEEPING, MIGRATIONS
-from grape.views import VIEWS
+from grape.log.tables import BOOKKEEPING, MIGRATIONS
+from grape.log.views import VIEWS
 
 PATIENCE = 60.0  # seconds that a reader or a writer waits for the file before it gives up
 LONGEST_PAUSE = 0.1  # seconds between two attempts

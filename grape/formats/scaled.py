@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grape.convert.criteria import Criteria, Reader, Writer, scale_of, weighs_nothing
-from grape.convert.keep import (
+from grape.errors import one_line
+from grape.formats.criteria import Criteria, Reader, Writer, scale_of, weighs_nothing
+from grape.formats.keep import (
     NOTES,
     Data,
     Place,
@@ -27,8 +28,7 @@ from grape.convert.keep import (
     sequence,
     text,
 )
-from grape.convert.sheet import Sheet, Take, listed
-from grape.errors import one_line
+from grape.formats.sheet import Sheet, Take, listed
 from grape.scale import parse_scale
 
 ANCHOR = re.compile(r"score(\d+)_description")

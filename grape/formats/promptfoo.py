@@ -10,10 +10,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from grape.convert.criteria import Criteria, Reader, Writer, weighs_nothing, with_children
-from grape.convert.keep import Data, Place, mapping, need, number, sequence
-from grape.convert.sheet import Sheet, Take
 from grape.errors import one_line
+from grape.formats.criteria import Criteria, Reader, Writer, weighs_nothing, with_children
+from grape.formats.keep import Data, Place, mapping, need, number, sequence
+from grape.formats.sheet import Sheet, Take
 
 TYPES = ("llm-rubric", "not-llm-rubric")
 SET = "assert-set"

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from grape.convert import constitution, files, paperbench, promptfoo, questions, rlcf, scaled, signed
-from grape.convert.decisions import Decisions, read_decisions
-from grape.convert.keep import NOTES, Data, Place, mapping, same
-from grape.convert.sheet import Sheet, dump_sheet, load_sheet
-from grape.convert.table import Table, dump_row, load_row
 from grape.errors import ConfigError, invalid, known, one_line
+from grape.formats import constitution, files, paperbench, promptfoo, questions, rlcf, scaled, signed
+from grape.formats.decisions import Decisions, read_decisions
+from grape.formats.keep import NOTES, Data, Place, mapping, same
+from grape.formats.sheet import Sheet, dump_sheet, load_sheet
+from grape.formats.table import Table, dump_row, load_row
 from grape.item import distinct_ids
 from grape.resources import read_yaml
 from grape.rows import Row

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from grape.convert.criteria import Criteria, Reader, Writer, weighs_nothing, with_children
-from grape.convert.keep import Data, Place, mapping, need, number, sequence, text
-from grape.convert.sheet import Sheet, Take
+from grape.formats.criteria import Criteria, Reader, Writer, weighs_nothing, with_children
+from grape.formats.keep import Data, Place, mapping, need, number, sequence, text
+from grape.formats.sheet import Sheet, Take
 
 
 def load(theirs: Data, place: Place, reader: Reader) -> Data:

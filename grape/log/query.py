@@ -18,10 +18,10 @@ from typing import IO, Any, Literal
 
 import duckdb
 
-from grape.database import connect, fault, schema_version
 from grape.errors import ConfigError, LogError
-from grape.log import recover
-from grape.tables import BOOKKEEPING
+from grape.log.database import connect, fault, schema_version
+from grape.log.tables import BOOKKEEPING
+from grape.log.writer import recover
 
 Format = Literal["table", "csv", "json", "jsonl", "parquet"]
 CONFINED = {

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from grape.convert.criteria import Criteria, Reader, Writer
-from grape.convert.keep import NOTES, Data, Place, block, mapping, notes, text
-from grape.convert.sheet import Sheet, Take
+from grape.formats.criteria import Criteria, Reader, Writer
+from grape.formats.keep import NOTES, Data, Place, block, mapping, notes, text
+from grape.formats.sheet import Sheet, Take
 
 PAIRS = (("critic", "revision"), ("critique_request", "revision_request"), ("prompt", "edit_request"))
 STANDS = "\n\nScore how well the response stands up to this, from 0 to 1: 1 where nothing in it calls for a revision."

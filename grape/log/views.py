@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from grape.tables import quote
+from grape.log.tables import quote
 
 # `-- name: comment`, then the query; the comment of each of its columns stands behind it.
 QUERIES = """

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from grape.convert.keep import Place
 from grape.errors import ConfigError, known, one_line
+from grape.formats.keep import Place
 from grape.resources import read_yaml
 
 POLARITIES = ("desirable", "undesirable")

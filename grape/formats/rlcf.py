@@ -8,11 +8,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from grape.convert.criteria import Criteria, Reader, Writer
-from grape.convert.keep import NOTES, Data, Place, need, number, sequence, text
-from grape.convert.questions import hide, unhide
-from grape.convert.table import Items, Objects, Table, noted, question, question_id, rest, spread
 from grape.errors import one_line
+from grape.formats.criteria import Criteria, Reader, Writer
+from grape.formats.keep import NOTES, Data, Place, need, number, sequence, text
+from grape.formats.questions import hide, unhide
+from grape.formats.table import Items, Objects, Table, noted, question, question_id, rest, spread
 
 ENTRY = re.compile(
     r"\s*(?:[-*]\s+|\d+[.)]\s+)?(.*?)\s*\((?:importance:\s*)?(\d+(?:\.\d+)?)(?:/100)?\)[ \t]*(?:\n|\Z)", re.S
