@@ -12,6 +12,9 @@ from rich.text import Text
 from grape.records import Record
 
 
+MOST_ITEMS = 40  # lines of a table on the terminal
+
+
 def score_table(records: Sequence[Record]) -> Table:
     """One line per category and item: how many were scored, how many failed and how, the mean score and confidence."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -22,7 +25,7 @@ def score_table(records: Sequence[Record]) -> Table:
         for item, cell in record["items"].items():
             cells.setdefault((record["category"], item), []).append(cell)
     previous = None
-    for (category, item), group in sorted(cells.items(), key=lambda pair: pair[0][0]):
+    for (category, item), group in sorted(cells.items(), key=lambda pair: pair[0][0])[:MOST_ITEMS]:
         scored = [cell for cell in group if cell["score"] is not None]
         left = [cell["outcome"] for cell in group if cell["outcome"] in {"not_applicable", "skipped"}]
         table.add_row(
@@ -34,6 +37,8 @@ def score_table(records: Sequence[Record]) -> Table:
             _mean([cell["confidence"] for cell in scored if cell["confidence"] is not None]),
         )
         previous = category
+    if len(cells) > MOST_ITEMS:
+        table.add_row("...", f"and {len(cells) - MOST_ITEMS} more: see the view item_health", "", "", "", "")
     return table
 
 

@@ -411,11 +411,12 @@ def test_instructions_become_items_in_the_shape_of_a_rubrics():
     assert made[1] == {
         "id": "1-length_constraints-number_words",
         "criterion": "The response has at least 300 words.",
+        "weight": 4,
         "check": "length_constraints:number_words",
         "with": {"relation": "at least", "num_words": 300, "form": "loose"},
     }
     assert [item["id"] for item in made] == ["0-punctuation-no_comma", made[1]["id"], "2-punctuation-no_comma"]
-    assert [Item.model_validate(item).weight for item in made] == [1, 1, 1]
+    assert [Item.model_validate(item).weight for item in made] == [4, 4, 4]
 
 
 def test_every_criterion_names_what_is_wanted():

@@ -257,7 +257,9 @@ def scale(item):
     if item.items:
         return "-"
     if item.check:
-        return {"repetition": "by degrees", "stock_phrases": "by degrees", "code": "share of tests"}.get(item.check, "0 or 1")
+        return {"repetition": "by degrees", "stock_phrases": "by degrees", "code": "share of tests"}.get(
+            item.check, "0 or 1"
+        )
     return "binary" if item.scale.kind == "binary" else f"{item.scale.kind}, {len(item.scale.labels)}"
 
 
@@ -273,7 +275,8 @@ def table(rubric):
             + ", gate" * bool(item.gate)
         )
         when = item.applies_when.model_dump(exclude_defaults=True) if item.applies_when else {}
-        clauses = [f"{k} {v}" if k in {"has", "lacks"} else f"{k}: {str(v).lower()}" for k, v in when.items()]
+        names = {k: ", ".join(v) if isinstance(v, list) else v for k, v in when.items()}
+        clauses = [f"{k} {v}" if k in {"has", "lacks"} else f"{k}: {str(v).lower()}" for k, v in names.items()]
         lines.append(f"| `{item.id}` | {weight} | {how(item)} | {scale(item)} | {', '.join(clauses) or 'always'} |")
     return lines
 

@@ -15,10 +15,13 @@ from grape.checkers.instructions.form import CRITERIA, Form
 from grape.errors import known
 
 
+WEIGHT = 4  # an instruction that a program can check counts as much as doing the task, in the shipped rubric
+
+
 def instruction_items(
     ids: Sequence[str], kwargs: Sequence[Mapping[str, Any] | None], form: str = "strict"
 ) -> list[dict[str, Any]]:
-    """A question's instructions as rubric items of weight 1, in order: id ``<position>-<kind>``, positions from 0.
+    """A question's instructions as rubric items of weight 4, in order: id ``<position>-<kind>``, positions from 0.
 
     An argument that is None is absent: datasets with one column for all arguments fill the rest with it. What is wrong
     raises ValueError with the path in the row, such as ``.kwargs.0.num_words: ...``.
@@ -41,6 +44,7 @@ def _item(place: int, kind: str, given: Mapping[str, Any] | None, form: str) -> 
     return {
         "id": f"{place}-{kind.replace(':', '-')}",
         "criterion": CRITERIA[kind].format(**arguments),
+        "weight": WEIGHT,
         "check": kind,
         "with": arguments if form == "strict" else {**arguments, "form": form},
     }
