@@ -18,7 +18,7 @@ from forgeries import FORGERIES, SLOW
 from grape.checkers import check_response, run_checker
 from grape.checkers.code import pieces
 from grape.errors import ConfigError
-from grape.sandbox import Sandbox
+from grape.sandbox import Sandbox, broker
 from grape.scoring import score as score_rows
 from grape.types import Outcome, Question, Response
 
@@ -241,7 +241,7 @@ def test_what_counts_as_held(sandbox: Sandbox, name: str):
         ("def check(candidate):\n    assert candidate() == 1\n    assert 1 == 2", "f", "at line 3: AssertionError"),
         ("def check(candidate):\n    x = candidate()\n    undefined(x)", "f", "failed at line 3: NameError"),
         ("def check(candidate):\n    y = []\n    y[0]\n    assert candidate() == 1", "f", "at line 3: IndexError"),
-        ("import os\nos._exit(0)\nexpect(True)", None, "the tests' process ended"),
+        ("import os\nos._exit(0)\nexpect(True)", None, "the tests' process is gone: exit: it ended with status 0"),
     ],
 )  # fmt: skip
 def test_tests_that_are_broken_themselves_say_nothing_about_the_program(
@@ -267,6 +267,40 @@ def test_a_program_cannot_turn_its_failure_into_no_score(sandbox: Sandbox):
     ):
         found = verdict(ask(tests), program, sandbox)
         assert (found.outcome, found.score) == (Outcome.OK, 0.0), (program, found)
+
+
+ESCAPES = {
+    "an empty list for a loop": ("for x in call('f'):\n    last = x\nexpect(last == 3)", "def f(): return []"),
+    "an empty list for a function": (
+        "def first(xs):\n    for x in xs:\n        found = x\n    return found\nexpect(first(call('f')) == 1)",
+        "def f(): return []"),
+    "output that is no literal": (
+        "import ast\nexpect(ast.literal_eval(run('')) == [1])", "print('[1')"),
+    "output that is no expression": ("expect(eval(run('')) == 4)", "print('undefined')"),
+    "no text to pass on": ("expect(run(call('f')) == '')", "def f(): return 1"),
+    "no name to pass on": ("expect(call(call('f')) == '')", "def f(): return 'f\\n'"),
+    "more than can be passed on": ("x = call('f')\nexpect(call('f', [x, x]) == 1)", "def f(*a): return 'x' * 3_000_000"),
+    "deeper than can be passed on": (
+        "x = call('f')\nfor _ in range(300): x = [x]\nexpect(call('f', x) == 1)",
+        "def f(*a):\n    x = []\n    for _ in range(300): x = [x]\n    return x"),
+    "a builtin's name": ("sum = call('f')\nprint(sum)\nsize = sum['size']\nexpect(size == 1)", "def f(): return []"),
+    "by way of a method": (
+        "class A:\n    kept = []\n    def put(self, x): A.kept.append(x)\n    def half(self): return A.kept[0] / 2\n"
+        "a = A()\na.put(call('f'))\nexpect(a.half() == 1)", "def f(): return []"),
+    "by way of a global": (
+        "state = {}\ndef put(x):\n    state['x'] = x\ndef half():\n    return state['x'] / 2\n"
+        "put(call('f'))\nhalved = half()\nexpect(halved == 1)", "def f(): return []"),
+    "no end": ("n = call('f')\nwhile n: pass\nexpect(True)", "def f(): return 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_what_a_program_makes_of_the_tests_is_its_own_fault(
+    sandbox: Sandbox, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(broker, "TESTS_SECONDS", 0.5)
+    found = verdict(ask(ESCAPES[name][0]), ESCAPES[name][1], sandbox)
+    assert (found.outcome, found.score) == (Outcome.OK, 0.0), found
 
 
 def test_where_programs_cannot_be_confined_the_outcome_is_sandbox(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from grape.errors import SandboxError
-from grape.sandbox import Job, Sandbox
+from grape.sandbox import Job, Sandbox, broker
 from grape.sandbox import worker as sandbox_worker
 from grape.sandbox.plain import decode, encode
 from grape.sandbox.seccomp import program as system_call_filter
@@ -442,6 +442,20 @@ def test_a_sandbox_killed_from_outside_is_replaced(sandbox: Sandbox):
     confined(sandbox)["main"].process.kill()
     confined(sandbox)["main"].process.wait()
     assert sandbox.run("print(3)").stdout == "3\n"
+
+
+def test_a_process_that_cannot_be_prepared_is_no_fault_of_its_program(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+):
+    job = Job(blocks=("def f(): return 1",), tests="expect(call('f') == 1)")
+    assert sandbox.evaluate(job).held == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(broker, "limits", lambda **_: {"RLIMIT_UNHEARD_OF": 1})
+        with pytest.raises(SandboxError, match="the sandbox broke twice: it died"):
+            sandbox.evaluate(job)
+        with pytest.raises(SandboxError, match="the sandbox broke twice: it died"):
+            sandbox.run("print(1)")
+    assert sandbox.evaluate(job).held == 1
 
 
 def test_a_sandbox_that_hangs_is_replaced(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):

@@ -96,7 +96,7 @@ class Candidate:
             return raised("protocol", f"it sent more than {LIMIT // 2**20} MB")
         except Closed:
             self.process = None
-            return raised(*self.told(process.end(LAST_WORDS), "it hung up"))
+            return raised(*told(process.end(LAST_WORDS), "it hung up", self.job.memory))
         finally:
             self.left -= timer.spent()
 
@@ -139,7 +139,7 @@ class Candidate:
                 pump.drain()
         stderr = pump.stderr.decode("utf-8", "replace")
         if not how and (ended.why != "exit" or ended.status != 0):
-            how = ": ".join((*self.told(ended, "it was stopped"), *stderr.strip().splitlines()[-1:]))
+            how = ": ".join((*told(ended, "it was stopped", self.job.memory), *stderr.strip().splitlines()[-1:]))
         return Run(stdout=pump.stdout.decode("utf-8", "replace"), stderr=stderr, how=how)
 
     def begin(self, mode: str, streams: tuple[int, ...] = ()) -> Process:
@@ -155,16 +155,6 @@ class Candidate:
     def late(self) -> str:
         """Which limit was passed."""
         return f"it took more than {self.job.timeout:g} s, or than {RUNS * self.job.timeout:g} s in all"
-
-    def told(self, ended: Ended, stopped: str) -> tuple[str, str]:
-        """A program's end as a kind and a text."""
-        if ended.why == "memory":
-            return "memory", f"it and its processes took more than {self.job.memory} MB or too many files"
-        if ended.status is None:
-            return "protocol", stopped
-        if ended.status < 0:
-            return "exit", f"it was killed by {signal.Signals(-ended.status).name}"
-        return "exit", f"it ended with status {ended.status}"
 
     def close(self) -> None:
         """End the process that answers calls."""
@@ -232,6 +222,17 @@ class Pump:
                 pass
 
 
+def told(ended: Ended, stopped: str, memory: int) -> tuple[str, str]:
+    """How a process ended, as a kind and a text."""
+    if ended.why == "memory":
+        return "memory", f"it and its processes took more than {memory} MB or too many files"
+    if ended.status is None:
+        return "protocol", stopped
+    if ended.status < 0:
+        return "exit", f"it was killed by {signal.Signals(-ended.status).name}"
+    return "exit", f"it ended with status {ended.status}"
+
+
 def raised(kind: str, text: str) -> bytes:
     """A failure in the words that a program itself would use."""
     return json.dumps(["raised", kind, text, ""]).encode("ascii")
@@ -258,9 +259,10 @@ def evaluate(job: Job, find: Find) -> Report:
             answered = True
     except Expired:
         how = f"the tests took more than {TESTS_SECONDS:g} s for themselves"
-    except (Closed, TooMuch, ValidationError):
-        tests.end(LAST_WORDS)
-        how = "the tests' process ended, or sent what is not a report"
+    except (TooMuch, ValidationError):
+        how = "the tests sent what is no report"
+    except Closed:
+        how = "the tests' process is gone: " + ": ".join(told(tests.end(LAST_WORDS), "it hung up", TESTS_MEMORY))
     finally:
         candidate.close()
         tests.stop()

@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 from grape.errors import SandboxError, one_line
 from grape.sandbox import seccomp
 
-DEFAULT_INTERPRETER = "/usr/bin/python3"
+SYSTEM = "/usr/bin/python3"  # not the one that runs this, which a home that others cannot enter may hold
+DEFAULT_INTERPRETER = SYSTEM if Path(SYSTEM).exists() else sys.executable
 INSIDE = ("plain", "program", "rewrite", "tester", "zygote")  # in the order of their imports
 TMP = 16 * 2**20  # bytes that a program may write to /tmp
 NOBODY = 65534

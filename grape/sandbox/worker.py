@@ -96,6 +96,8 @@ class Confined:
 
     def close(self) -> None:
         """Kill the interpreter and with it all that runs inside; it is dead when this returns."""
+        if self.closed:
+            return
         self.closed = True
         self.process.kill()
         self.process.wait()

@@ -57,11 +57,17 @@ def serve(control: socket.socket, allowed: list[str]) -> NoReturn:
         if not data.startswith(b"{"):
             continue  # a word about a program that has ended meanwhile
         order = json.loads(data)
+        ready, done = os.pipe()
         child = os.fork()
         if not child:
-            begin(control, order, descriptors)
-        for descriptor in descriptors:
+            control.close()
+            os.setsid()
+            start(order, descriptors, done)
+        for descriptor in (*descriptors, done):
             os.close(descriptor)
+        if not os.read(ready, 1):
+            os._exit(1)  # it failed before the program began: a fault of the sandbox
+        os.close(ready)
         ended = watch(control, child, order["memory"])
         clean = sweep(before)
         control.send(json.dumps({**ended, "clean": clean}).encode())
@@ -87,20 +93,17 @@ def faults(allowed: list[str]) -> Iterator[str]:
             yield f"it can write to {path}"
 
 
-def begin(control: socket.socket, order: dict[str, Any], descriptors: list[int]) -> NoReturn:
-    """In the fork: limits, streams, and nothing else that is open; then the program."""
-    control.close()
-    os.setsid()
-    start(order, descriptors)
+def start(order: dict[str, Any], descriptors: list[int], done: int | None = None) -> NoReturn:
+    """Become the program of an order, with its limits, its streams and nothing else that is open.
 
-
-def start(order: dict[str, Any], descriptors: list[int]) -> NoReturn:
-    """Become the program of an order. ``descriptors`` are its channel and, for a script, its standard streams."""
+    ``descriptors`` are its channel and, for a script, its standard streams; ``done`` is told when all is in place.
+    """
     os.chdir(order["folder"])
+    if done is not None:
+        done = os.dup2(done, 100)  # out of the way of those to come
     channel, *streams = (*descriptors, *[os.open(os.devnull, os.O_RDWR)] * 3)  # all above 2, which is always open
     for target, descriptor in enumerate((*streams[:3], channel)):
         os.dup2(descriptor, target)
-    os.closerange(4, 65536)
     sys.stdin = io.TextIOWrapper(open(0, "rb", closefd=False), "utf-8", "surrogateescape")  # noqa: SIM115
     sys.stdout = io.TextIOWrapper(open(1, "wb", closefd=False), "utf-8", "surrogateescape")  # noqa: SIM115
     sys.stderr = io.TextIOWrapper(open(2, "wb", closefd=False), "utf-8", "backslashreplace")  # noqa: SIM115
@@ -109,8 +112,14 @@ def start(order: dict[str, Any], descriptors: list[int]) -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, 1, 0, 0, 0)  # so that `proportional` may look at it
     for name, value in order["limits"].items():
-        resource.setrlimit(getattr(resource, name), (value, value))
+        kind = getattr(resource, name)
+        hard = resource.getrlimit(kind)[1]
+        least = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (least, least))
     sys.setrecursionlimit(sys.getrecursionlimit() + 20)  # for the calls that lead here
+    if done is not None:
+        os.write(done, b"1")
+    os.closerange(4, 65536)
     MODES[order["mode"]](socket.socket(fileno=3))
     os._exit(0)
 
