@@ -257,13 +257,15 @@ def fingerprint(
 
 
 def write_lines(path: str | Path, records: Iterable[Record]) -> None:
-    """JSON lines, whole or not at all: written beside the file and moved onto it."""
+    """JSON lines, whole or not at all: written beside the file and moved onto it. A pipe or a device is written to."""
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    plain = path.is_file() or not path.exists()
+    target = path.with_name(f".{path.name}.{os.getpid()}") if plain else path
     try:
-        with beside.open("w", encoding="utf-8") as file:
+        with target.open("w", encoding="utf-8") as file:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=True) + "\n")
-        beside.replace(path)
+        if plain:
+            target.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
