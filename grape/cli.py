@@ -38,9 +38,16 @@ def cli() -> None:
     """Score responses against rubrics in YAML, and ask the critique log questions in SQL."""
 
 
+class _Told(logging.Handler):
+    """Says what the library has to say on stderr as it is then: above a progress bar, where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"grape: {self.format(record)}", err=True)
+
+
 def main() -> None:
     """Entry point: errors of the user are one line and exit status 1; wrong usage exits with 2."""
-    logging.basicConfig(format="grape: %(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_Told()])
     warnings.showwarning = lambda message, *_rest, **_more: click.echo(f"grape: warning: {message}", err=True)
     try:
         cli.main(standalone_mode=False)
