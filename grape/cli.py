@@ -42,13 +42,17 @@ class _Told(logging.Handler):
     """Says what the library has to say on stderr as it is then: above a progress bar, where there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"grape: {self.format(record)}", err=True)
+        _say(self.format(record))
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"grape: {line}\n")
 
 
 def main() -> None:
     """Entry point: errors of the user are one line and exit status 1; wrong usage exits with 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_Told()])
-    warnings.showwarning = lambda message, *_rest, **_more: click.echo(f"grape: warning: {message}", err=True)
+    warnings.showwarning = lambda message, *_rest, **_more: _say(f"warning: {message}")
     try:
         cli.main(standalone_mode=False)
     except click.UsageError as error:
