@@ -85,7 +85,7 @@ class Cells:
     def of(batch: Sequence[Judged]) -> Cells:
         """Verdicts to cells: a failed one is not valid, unless its item says `worst` (its score is then the worst one,
         without a vote on confidence) or `drop` (the response loses all its cells but a gate's)."""
-        shape = (len(batch), max(len(judged.plan.leaves) for judged in batch))
+        shape = (len(batch), max(1, *(len(judged.plan.leaves) for judged in batch)))
         score, confidence, gate = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
         weight, valid, undesirable = np.zeros(shape), np.zeros(shape, bool), np.zeros(shape, bool)
         for i, judged in enumerate(batch):
@@ -100,11 +100,14 @@ class Cells:
                     valid[i, j], score[i, j] = True, float(item.undesirable)
                 if item is gated and item.gate is not None:
                     gate[i, j] = item.gate.reward
-            if gated is None and dropping(judged) is not None:
-                valid[i] = False
-        groups = np.array([judged.plan.question.question_id for judged in batch], dtype=object)
-        formulas = np.array([judged.plan.rubric.formula for judged in batch], dtype=object)
         confidence = _mean_confidences(batch, confidence, valid & (weight > 0))
+        confidence[valid & np.isnan(confidence)] = 1.0  # nobody has a verdict, and `worst` has to count all the same
+        for i, judged in enumerate(batch):
+            if judged.gate() is None and dropping(judged) is not None:
+                valid[i] = False
+        questions = [judged.plan.question for judged in batch]
+        groups = np.array([f"{q.category} (question {q.question_id})" for q in questions], dtype=object)
+        formulas = np.array([judged.plan.rubric.formula for judged in batch], dtype=object)
         return Cells(
             score=score, confidence=confidence, weight=weight, valid=valid, undesirable=undesirable, gate=gate,
             group=groups, formula=formulas,

@@ -110,7 +110,7 @@ def _question(key: str, category: str, case: Case) -> Question:
     return Question(
         question_id=key,
         category=category,
-        text=case.question if isinstance(case.question, str) else tuple(case.question),
+        text=case.question if isinstance(case.question, str) else tuple(turn.model_dump() for turn in case.question),
         reference=case.reference,
         tests=case.tests,
         entry_point=case.entry_point,

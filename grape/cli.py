@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -47,32 +49,37 @@ class _Told(logging.Handler):
 
 def _say(line: str) -> None:
     sys.stderr.write(f"grape: {line}\n")
+    sys.stderr.flush()
 
 
 def main() -> None:
     """Entry point: errors of the user are one line and exit status 1; wrong usage exits with 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, handlers=[_Told()])
     warnings.showwarning = lambda message, *_rest, **_more: _say(f"warning: {message}")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever a text holds, whatever the locale
     try:
         cli.main(standalone_mode=False)
+        sys.stdout.flush()
     except click.UsageError as error:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo(
-            "grape: interrupted; what was answered is kept (`grape score --resume` goes on from there)", err=True
-        )
-        sys.exit(130)
+        _say("interrupted; what was answered is kept: `grape score --resume` goes on from there")
+        os._exit(130)  # the log is closed by now; a checker that hangs in its thread is not waited for
     except click.ClickException as error:
-        click.echo(f"grape: {error.format_message()}", err=True)
+        _say(error.format_message())
         sys.exit(1)
     except GrapeError as error:
-        click.echo(f"grape: {error}", err=True)
+        _say(str(error))
         sys.exit(1)
     except BrokenPipeError:
-        with suppress(OSError):  # the reader is gone: so is whoever would read a complaint
-            sys.stdout.close()
-        sys.exit(1)
+        os._exit(1)  # the reader is gone: so is whoever would read a complaint, or the rest
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        _say(f"{place}{error.strerror or error}")
+        os._exit(1)  # a full disk holds up the rest of stdout too
 
 
 def _named(_context: click.Context, _parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
@@ -128,7 +135,8 @@ def _with_progress(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
             speed = progress.tasks[0].speed
             progress.update(task, completed=done, total=total, rate=f"{speed:.0f}/s" if speed else "")
 
-        return asyncio.run(work(report))
+        with redirect_stdout(sys.stderr):  # what a user's checker prints is no result
+            return asyncio.run(work(report))
 
 
 @cli.command()

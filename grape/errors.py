@@ -56,9 +56,7 @@ def known(names: Iterable[str], missing: str | None = None) -> str:
 
 
 # What pydantic puts into a path for the member of a union that it tried: no part of the user's file.
-UNION_MEMBER = re.compile(
-    r"str|int|float|bool|(list|dict|tuple|function-\w+|constrained-\w+|lax-or-strict)\b.*[\[(-].*"
-)
+UNION_MEMBER = re.compile(r"str|int|float|bool|(list|dict|tuple)\[.*|(function|constrained|lax-or-strict|nullable)\b.*")
 
 
 def path_of(location: Iterable[int | str]) -> str:
@@ -69,7 +67,9 @@ def path_of(location: Iterable[int | str]) -> str:
 def invalid(where: str, error: ValidationError, fields: Sequence[str] = ()) -> ConfigError:
     """The first fault of a pydantic error as one line: file, path to the field, what is wrong, value, what is known."""
     faults = error.errors(include_url=False)
-    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    same = [fault for fault in faults if path_of(fault["loc"]).startswith(path_of(faults[0]["loc"]))]
+    furthest = max(same, key=lambda fault: len(path_of(fault["loc"])))  # of the members of a union
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), furthest)
     path = path_of(fault["loc"])
     message = one_line(fault["msg"].removeprefix("Value error, "))
     if message.startswith("."):  # a validator's own fault deeper down: ".with.text: ..."

@@ -6,11 +6,20 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 from grape.checkers import check_arguments, row_fields
 from grape.scale import SCHEMA, Scale, parse_scale
-from grape.types import Name, Question, Strict, Unit
+from grape.types import Name, Question, Strict, Turn, Unit
 
 Scalar = str | int | float | bool
 ScaleField = Annotated[Scale, BeforeValidator(parse_scale), PlainSerializer(Scale.dump), WithJsonSchema(SCHEMA)]
@@ -92,7 +101,7 @@ class Item(Extensible):
 
     id: Name
     criterion: str = ""
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e12, allow_inf_nan=False)] = 1.0
     items: Annotated[list[Item], Field(min_length=1)] | None = None
     check: str | None = None
     arguments: dict[str, Any] = Field(default_factory=dict, alias="with")
@@ -216,3 +225,13 @@ def weights(items: Iterable[Item], applies: Callable[[Item], bool]) -> dict[str,
 def applies_to(question: Question) -> Callable[[Item], bool]:
     """Whether an item's own condition holds for a question."""
     return lambda item: item.applies_when is None or item.applies_when.holds(question)
+
+
+def keys_at(error: ValidationError, root: type[BaseModel], **nested: type[BaseModel]) -> list[str]:
+    """The keys that are known at the place of an error's unknown key, in a file of ``root``."""
+    faults = error.errors(include_url=False)
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
+    inside = dict[str, type[BaseModel]](items=Item, gate=Gate, calibrate=Calibrate, question=Turn, **nested)
+    groups = [part for part in fault["loc"][:-1] if part in inside]
+    model = inside[str(groups[-1])] if groups else root
+    return sorted(field.alias or name for name, field in model.model_fields.items() if name != "extensions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from grape.checkers import bind_arguments
 from grape.errors import ConfigError, known
 from grape.item import Item, applies_to, flatten, paths, weights
 from grape.rows import Rows
@@ -69,4 +70,9 @@ def _plan(question: Question, own: list[Item], rubrics: Mapping[str, Rubric], pl
                     f"{place}: {field}: item {item.id!r} of rubric {rubric.rubric!r} needs it and the row lacks it; "
                     f"the row has: {', '.join(has)} (or give the item `applies_when: {{has: {field}}}`)"
                 )
+        if item.check is not None:
+            try:
+                bind_arguments(item.check, item.arguments, question)
+            except ValueError as error:
+                raise ConfigError(f"{place}: item {item.id!r} of rubric {rubric.rubric!r}: {error}") from error
     return plan

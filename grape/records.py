@@ -26,18 +26,20 @@ def score_record(judged: Judged, settled: Settled) -> Record:
         "category": judged.plan.question.category,
         "reward": settled.reward,
         "advantage": settled.advantage,
-        "items": {leaf.id: _item_record(judged.verdicts[leaf.id]) for leaf in judged.plan.leaves},
+        "items": {leaf.id: _verdict_record(judged.verdicts[leaf.id]) for leaf in judged.plan.leaves},
     }
 
 
-def _item_record(verdict: Verdict) -> Record:
-    record: Record = {
-        "score": verdict.score,
-        "confidence": verdict.confidence,
-        "outcome": str(verdict.outcome),
-        "reasoning": verdict.reasoning,
-    }
-    return {**record, "detail": verdict.detail} if verdict.detail else record
+def _verdict_record(verdict: Verdict) -> Record:
+    return item_record(verdict.score, verdict.confidence, verdict.outcome, verdict.reasoning, verdict.detail)
+
+
+def item_record(
+    score: float | None, confidence: float | None, outcome: str, reasoning: str | None, detail: str | None
+) -> Record:
+    """What a record says of one item; ``detail`` only where there is one."""
+    record: Record = {"score": score, "confidence": confidence, "outcome": str(outcome), "reasoning": reasoning}
+    return {**record, "detail": detail} if detail else record
 
 
 def question_rows(run: str, rows: Rows) -> list[Record]:

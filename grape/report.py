@@ -11,7 +11,6 @@ from rich.text import Text
 
 from grape.records import Record
 
-
 MOST_ITEMS = 40  # lines of a table on the terminal
 
 

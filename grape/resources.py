@@ -48,14 +48,22 @@ def names(kind: Kind, folders: Iterable[Path] | None = None) -> dict[str, Path]:
 def find(kind: Kind, name: str | Path) -> Path:
     """The file of a name, or of a path (which ends in the kind's suffix)."""
     if str(name).endswith(SUFFIX[kind]):
-        if not Path(name).is_file():
+        if not is_file(name):
             raise ConfigError(f"{name}: no such file")
         return Path(name)
     for folder in search_path(kind):
         file = folder / f"{name}{SUFFIX[kind]}"
-        if file.is_file():
+        if is_file(file):
             return file
     raise ConfigError(f"no {kind.removesuffix('s')} named {str(name)!r}; {known(names(kind), str(name))}")
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is such a file; one line where that cannot even be asked."""
+    try:
+        return Path(path).is_file()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{one_line(path, 100)}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_text(path: str | Path) -> str:
@@ -66,6 +74,8 @@ def read_text(path: str | Path) -> str:
         raise ConfigError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path!r}: {error}") from error
 
 
 def digest(text: str) -> str:
@@ -76,7 +86,7 @@ def digest(text: str) -> str:
 # YAML 1.2, section 10.3.2 (core schema): what a plain scalar means. `yes`, dates and `1_000` are text.
 CORE_NULL = re.compile(r"(?:null|Null|NULL|~|)")
 CORE_BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
-CORE_INT = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
+CORE_INT = re.compile(r"[-+]?[0-9]{1,4000}|0o[0-7]+|0x[0-9a-fA-F]+")
 CORE_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 CORE_SPECIAL = re.compile(r"(?P<inf>[-+]?\.(?:inf|Inf|INF))|\.(?:nan|NaN|NAN)")
 TAG = "tag:yaml.org,2002:"

@@ -145,7 +145,7 @@ def rubric_reward(
         gate_SJ=gate_SJ,
         max_missing=max_missing,
     )
-    return np.asarray(terms.sum(axis=1))
+    return np.asarray(terms.sum(axis=1)) if terms.shape[1] else np.full(len(terms), np.nan)
 
 
 def advantage(

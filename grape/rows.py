@@ -4,34 +4,35 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+import orjson
+from pydantic import BeforeValidator, Field, ValidationError
 
 from grape.errors import ConfigError, invalid, one_line
-from grape.item import Item, distinct_ids
-from grape.types import Question, Response, Strict
+from grape.item import Item, distinct_ids, keys_at
+from grape.types import Question, Response, Strict, Turn
 
 
-class Turn(Strict):
-    """One message of a chat."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str
+def _id(value: Any) -> Any:
+    """A whole number as an id is its digits."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Row(Strict):
     """One response to score, with its question. Fields beyond these stand in ``metadata``."""
 
-    question_id: str
+    question_id: Annotated[str, BeforeValidator(_id)]
     category: str
     question: str | Annotated[list[Turn], Field(min_length=1)]
     response: str
-    response_id: str | None = None
+    response_id: Annotated[str | None, BeforeValidator(_id)] = None
     reference: str | int | float | None = None
     tests: str | None = None
     entry_point: str | None = None
@@ -136,10 +137,14 @@ def _join(rows: Rows, question: Question, items: list[Item], place: str) -> None
 
 def _parse(place: str, data: Any) -> Row:
     try:
-        return Row.model_validate(data)
+        row = Row.model_validate(data)
+        orjson.dumps([row.metadata, row.kwargs], default=str, option=orjson.OPT_NON_STR_KEYS)
+        return row
+    except (TypeError, RecursionError) as error:  # orjson's own error is a TypeError
+        raise ConfigError(f"{place}: metadata: not plain data: {one_line(error)}") from error
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        line = invalid(place, error, sorted(Row.model_fields))
+        line = invalid(place, error, keys_at(error, Row))
         if any(fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1 for fault in error.errors()):
             raise ConfigError(f"{line}; further fields go under metadata") from error
         if fault["type"] == "missing" and isinstance(data, Mapping):
@@ -151,7 +156,7 @@ def _read(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[st
     """Each row with its place, for messages."""
     if not isinstance(source, str | Path):
         for number, row in enumerate(source, 1):
-            yield f"row {number}", {k: v for k, v in row.items() if v is not None} if isinstance(row, Mapping) else row
+            yield f"row {number}", _given(row) if isinstance(row, Mapping) else row
     elif Path(source).suffix == ".parquet":
         yield from _read_parquet(Path(source))
     else:
@@ -164,7 +169,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield f"{path}: line {number}", _json(f"{path}: line {number}", line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -188,15 +193,29 @@ def _json(place: str, line: bytes) -> Any:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import duckdb
 
+    source = [re.sub(r"([*?\[])", r"[\1]", str(path))]  # a name is a name, and no pattern
     try:
         with duckdb.connect() as connection:
-            cursor = connection.execute("select * from read_parquet(?)", [str(path)])
+            columns = connection.execute("describe from read_parquet(?)", source).fetchall()
+            zoned = ", ".join(f'"{name}"::varchar as "{name}"' for name, kind, *_ in columns if "TIME ZONE" in kind)
+            replaced = f" replace ({zoned})" if zoned else ""  # a moment with a zone is read as its text
+            cursor = connection.execute(f"select *{replaced} from read_parquet(?)", source)
             names = [column[0] for column in cursor.description]
             number = 0
             while batch := cursor.fetchmany(1000):
                 for values in batch:
                     number += 1
-                    row = {name: value for name, value in zip(names, values, strict=True) if value is not None}
-                    yield f"{path}: row {number}", row
+                    yield f"{path}: row {number}", _given(dict(zip(names, values, strict=True)))
     except duckdb.Error as error:
-        raise ConfigError(f"{path}: {one_line(error)}") from error
+        raise ConfigError(f"{path}: {one_line(str(error).splitlines()[0])}") from error
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without the fields that only fill a column: those that are None, and in its items at any depth."""
+    return {key: _dense(value) if key == "items" else value for key, value in row.items() if value is not None}
+
+
+def _dense(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _dense(item) for key, item in value.items() if item is not None}
+    return [_dense(item) for item in value] if isinstance(value, list | tuple) else value

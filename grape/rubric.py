@@ -12,8 +12,8 @@ from pydantic import Field, PrivateAttr, ValidationError, model_validator
 
 from grape import resources
 from grape.errors import ConfigError, invalid, known
-from grape.item import Calibrate, Extensible, Gate, Item, distinct_ids, flatten, paths
-from grape.types import Message, Name, Outcome
+from grape.item import Extensible, Item, distinct_ids, flatten, keys_at, paths
+from grape.types import Name, Outcome, Turn
 
 Formula = Literal["grape", "normalized", "weighted", "points"]
 
@@ -21,7 +21,7 @@ Formula = Literal["grape", "normalized", "weighted", "points"]
 class Case(Extensible):
     """A unit test of the rubric: a row and what its items must score."""
 
-    question: str | list[Message]
+    question: str | Annotated[list[Turn], Field(min_length=1)]
     response: str
     reference: str | None = None
     tests: str | None = None
@@ -120,7 +120,7 @@ def parse_rubric(data: Any, source: str, *, judges: Collection[str] = ()) -> Rub
     try:
         rubric = Rubric.model_validate(data)
     except ValidationError as error:
-        raise invalid(source, error, _keys_at(error)) from error
+        raise invalid(source, error, keys_at(error, Rubric, cases=Case)) from error
     rubric._source = source
     known_judges = {*judges, *resources.names("judges")}
     known_prompts = set(resources.names("prompts"))
@@ -155,15 +155,6 @@ def _dump(model: Extensible) -> dict[str, Any]:
     return {**data, **model.extensions}
 
 
-def _keys_at(error: ValidationError) -> list[str]:
-    """The keys that are known at the place of an error's first fault."""
-    loc = [part for part in error.errors(include_url=False)[0]["loc"] if isinstance(part, str)][:-1]
-    model: Any = (
-        {"items": Item, "cases": Case, "gate": Gate, "calibrate": Calibrate}.get(loc[-1], Rubric) if loc else Rubric
-    )
-    return sorted(field.alias or name for name, field in model.model_fields.items() if name != "extensions")
-
-
 def load_rubric(name: str | Path, *, judges: Collection[str] = ()) -> Rubric:
     """The rubric of a name or a file. Doubtful weights are warned of; everything else that is wrong raises."""
     path = resources.find("rubrics", name)
@@ -178,21 +169,24 @@ def load_rubric(name: str | Path, *, judges: Collection[str] = ()) -> Rubric:
 def load_rubrics(folder: str | Path | None = None, *, judges: Collection[str] = ()) -> dict[str, Rubric]:
     """All rubrics of a folder (or one file), or of the search path, by category."""
     if folder is None:
-        files = list(resources.names("rubrics").values())
-    elif Path(folder).is_file():
-        files = [Path(folder)]
+        known_files = resources.names("rubrics").values()
+        places = [[f for f in known_files if place in f.parents] for place in resources.search_path("rubrics")]
+    elif resources.is_file(folder):
+        places = [[Path(folder)]]
     elif Path(folder).is_dir():
-        files = sorted(Path(folder).rglob("*.yaml"))
+        places = [sorted(Path(folder).rglob("*.yaml"))]
     else:
         raise ConfigError(f"{folder}: no such file or folder")
-    if not files:
-        raise ConfigError(f"{folder}: no rubrics (*.yaml) in it")
     rubrics: dict[str, Rubric] = {}
-    for file in files:
-        rubric = load_rubric(file, judges=judges)
-        if rubric.category in rubrics:
-            raise ConfigError(
-                f"{file}: category {rubric.category!r} has a rubric already: {rubrics[rubric.category].source}"
-            )
-        rubrics[rubric.category] = rubric
+    for files in places:  # an earlier folder's rubric of a category stands before a later one's
+        found: dict[str, Rubric] = {}
+        for file in files:
+            rubric = load_rubric(file, judges=judges)
+            if rubric.category in found:
+                other = found[rubric.category].source
+                raise ConfigError(f"{file}: category {rubric.category!r} has a rubric already: {other}")
+            found[rubric.category] = rubric
+        rubrics = found | rubrics
+    if not rubrics:
+        raise ConfigError(f"{folder}: no rubrics (*.yaml) in it")
     return rubrics

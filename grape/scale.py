@@ -96,6 +96,8 @@ def parse_scale(value: object) -> Scale:
     if kind == "likert" and isinstance(body, Mapping) and len(body) >= 2:
         points = sorted((_point(point), _label(anchor)) for point, anchor in body.items())
         values, labels = tuple(p for p, _ in points), tuple(a for _, a in points)
+        if len(set(values)) != len(values):
+            raise ValueError(f"a Likert scale has each point once, not {', '.join(f'{value:g}' for value in values)}")
         return Scale(kind="likert", labels=labels, values=values, low=values[0], high=values[-1])
     if kind == "numeric" and isinstance(body, list) and len(body) == 2:
         low, high = _number(body[0]), _number(body[1])
@@ -106,8 +108,8 @@ def parse_scale(value: object) -> Scale:
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ValueError(f"a finite number is meant, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= 1e12:
+        raise ValueError(f"a number up to 1e12 is meant, not {str(value)[:40]!r}")
     return float(value)
 
 

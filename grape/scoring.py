@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from grape.batch import settle
 from grape.checkers import load_checkers
@@ -24,11 +20,17 @@ from grape.judge.critic import Critic
 from grape.log import Log
 from grape.panel import Panel, Progress
 from grape.plan import Plan, plan_rows
-from grape.records import Record, dump, question_rows, response_rows, reward_row, score_record, step_row, verdict_rows
-from grape.resources import digest, read_text
-from grape.reward import Baseline, Scale
-from grape.rows import Rows, read_rows
-from grape.rubric import Rubric, load_rubrics
+from grape.records import (
+    Record,
+    reward_row,
+    score_record,
+    step_row,
+    verdict_rows,
+)
+from grape.reward import Baseline, Scale, advantage
+from grape.rows import read_rows
+from grape.rubric import load_rubrics
+from grape.run import Run, fingerprint, hold, stored_records
 
 if TYPE_CHECKING:
     from grape.sandbox import Sandbox
@@ -43,7 +45,7 @@ async def score(
     judges: Mapping[str, str | Path | Judge] | None = None,
     log: str | Path | None = None,
     out: str | Path | None = None,
-    checkers: Sequence[str | Path] = (),
+    checkers: str | Path | Sequence[str | Path] = (),
     sandbox: Sandbox | None = None,
     use_judges: bool = True,
     resume: bool = False,
@@ -64,8 +66,10 @@ async def score(
     """
     if resume and log is None:
         raise ConfigError("resume: a log is needed to resume from")
-    if out is not None and not Path(out).parent.is_dir():
-        raise ConfigError(f"{out}: No such file or directory")
+    advantage([0.0], [0], baseline=baseline, scale=scale)  # a wrong word is an error now, not after the judging
+    if out is not None:
+        check_out(out, [file for file in (responses, log) if isinstance(file, str | Path)])
+    checkers = [checkers] if isinstance(checkers, str | Path) else checkers
     for file in checkers:
         load_checkers(file)
     rows = read_rows(responses)
@@ -74,7 +78,7 @@ async def score(
     if not use_judges:
         _say_left_out(plans)
     loaded = load_judges(plans.values(), judges or {}) if use_judges else {}
-    run = _Run(
+    run = Run(
         inputs=fingerprint(rows, plans, loaded, checkers, f"{baseline} {scale} {use_judges}"),
         rows=rows,
         rubrics={plan.rubric.category: plan.rubric for plan in plans.values()},
@@ -85,6 +89,14 @@ async def score(
     async with AsyncExitStack() as stack:
         store = stack.enter_context(Log(log)) if log is not None else None
         run = run.resumed(store) if store and resume else run
+        if store:
+            stack.enter_context(hold(store, run.name))
+            run = run.answered_so_far(store) if run.known else run
+        if store and run.finished:
+            records = stored_records(store, run)
+            if out is not None:
+                write_lines(out, records)
+            return records
         panel = await stack.enter_async_context(Panel(make_critics(loaded, store, run.name, run.answered), sandbox))
         panel.check(plans.values())
         await panel.reach()
@@ -93,11 +105,11 @@ async def score(
         started = datetime.now(UTC)
         batch = await panel.judge_all(work, progress)
         results = settle(batch, baseline=baseline, scale=scale)
-        if store and not run.finished:
+        if store:
             now = datetime.now(UTC)
             pairs = list(zip(batch, results, strict=True))
             store.append(
-                verdicts=[row for pair in pairs for row in verdict_rows(run.name, 0, *pair, loaded, now)],
+                verdicts=(row for pair in pairs for row in verdict_rows(run.name, 0, *pair, loaded, now)),
                 rewards=[reward_row(run.name, 0, *pair, baseline, scale, now) for pair in pairs],
                 steps=[step_row(run.name, 0, batch, results, started)],
             )
@@ -105,55 +117,6 @@ async def score(
     if out is not None:
         write_lines(out, records)
     return records
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
-    """A run of `grape score`: its name in the log, and what the log has of it already."""
-
-    inputs: str
-    rows: Rows
-    rubrics: Mapping[str, Rubric]
-    judges: Mapping[str, Judge]
-    config: Mapping[str, Any]
-    name: str = ""
-    known: bool = False
-    finished: bool = False
-    answered: Mapping[str, CallRecord] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            object.__setattr__(self, "name", f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid4().hex[:6]}")
-
-    def resumed(self, log: Log) -> _Run:
-        """The last run of the same inputs, with the replies it had got; or this new one, if the log has none."""
-        found = log.query(
-            "select run, run in (select run from steps) from runs where kind = 'score' and inputs = ? "
-            "order by started desc limit 1",
-            [self.inputs],
-        )
-        if not found:
-            logger.warning("nothing to resume: no run of these inputs in the log; a new run begins")
-            return self
-        ((name, finished),) = found
-        return replace(self, name=name, known=True, finished=finished, answered=answered_calls(log, name))
-
-    def opening(self) -> dict[str, list[Record]]:
-        """The rows that a run begins with."""
-        rubrics = {c: {"rubric": r.rubric, "version": r.version, "hash": r.hash} for c, r in self.rubrics.items()}
-        judges = {name: {"model": judge.model, "hash": judge.hash} for name, judge in self.judges.items()}
-        run = {
-            "run": self.name,
-            "kind": "score",
-            "started": datetime.now(UTC),
-            "version": version("grape-rl"),
-            "inputs": self.inputs,
-            "config": json.dumps({**self.config, "source": self.rows.source}),
-            "rubrics": json.dumps(rubrics),
-            "judges": json.dumps(judges),
-        }
-        questions, responses = question_rows(self.name, self.rows), response_rows(self.name, 0, self.rows)
-        return {"runs": [run], "questions": questions, "responses": responses}
 
 
 def _say_left_out(plans: Mapping[str, Plan]) -> None:
@@ -224,41 +187,21 @@ def make_critics(
     return critics
 
 
-def answered_calls(log: Log, run: str) -> dict[str, CallRecord]:
-    """The replies that a run has got so far, by call key."""
-    columns = ["call", *(field.name for field in fields(CallRecord))]
-    rows = log.query(f"select {', '.join(columns)} from judge_calls where run = ?", [run])
-    return {row[0]: CallRecord.from_row(dict(zip(columns, row, strict=True))) for row in rows}
-
-
-def fingerprint(
-    rows: Rows, plans: Mapping[str, Plan], judges: Mapping[str, Judge], checkers: Sequence[str | Path], options: str
-) -> str:
-    """A hash of everything that decides the result: rows, rubrics, judges, the user's checkers and the options."""
-    total = hashlib.sha256(options.encode())
-    for question in rows.questions.values():
-        own = [dump(item) for item in rows.items[question.question_id]]
-        fields = [question.question_id, question.category, question.text, question.reference, question.tests]
-        data = [*fields, question.entry_point, question.metadata, own]
-        total.update(json.dumps(data, sort_keys=True, default=str).encode())
-    for response in rows.responses:
-        total.update(
-            json.dumps(
-                [response.response_id, response.question_id, response.text, response.metadata], default=str
-            ).encode()
-        )
-    parts = [
-        *{plan.rubric.hash for plan in plans.values()},
-        *(f"{name} {judge.hash}" for name, judge in judges.items()),
-    ]
-    parts += [digest(read_text(file)) for file in checkers]
-    total.update(json.dumps(sorted(parts)).encode())
-    return total.hexdigest()
+def check_out(out: str | Path, others: Sequence[str | Path]) -> None:
+    """Refuse, before any work, an output that cannot be written or that would replace what is read or logged."""
+    path = Path(out)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{out}: {'Is a directory' if path.is_dir() else 'No such file or directory'}")
+    for other in others:
+        if path.resolve() == Path(other).resolve():
+            raise ConfigError(f"{out}: is read or logged to by this run; the output needs a file of its own")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ConfigError(f"{out}: Permission denied")
 
 
 def write_lines(path: str | Path, records: Iterable[Record]) -> None:
     """JSON lines, whole or not at all: written beside the file and moved onto it. A pipe or a device is written to."""
-    path = Path(path)
+    path = Path(path).resolve()
     plain = path.is_file() or not path.exists()
     target = path.with_name(f".{path.name}.{os.getpid()}") if plain else path
     try:
@@ -269,3 +212,6 @@ def write_lines(path: str | Path, records: Iterable[Record]) -> None:
             target.replace(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    finally:
+        if plain:
+            target.unlink(missing_ok=True)

@@ -173,6 +173,8 @@ def golden_not_applicable(m: ModuleType) -> None:
                           ["c"] * 2, ["a", "b"])  # fmt: skip
     close(got, [1, 0.5], 1e-12)
     assert np.isnan(m.rubric_reward([[1.0]], [[1.0]], [[0.0]], [[True]], ["c"], ["q"])).all()
+    none = np.zeros((1, 0))
+    assert np.isnan(m.rubric_reward(none, none, none, none, ["c"], ["q"])).tolist() == [True]
     assert m.mean_confidence([[1.0], [0.5]], [[True], [False]], ["c", "d"])[0] == 1
     assert np.isnan(m.mean_confidence([[1.0], [0.5]], [[True], [False]], ["c", "d"])[1]).all()
 

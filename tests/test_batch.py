@@ -128,7 +128,7 @@ def test_points_are_signed_and_need_a_positive_weight():
 
 
 def test_no_confidence_at_all_is_unscorable_and_warned_of():
-    with pytest.warns(UserWarning, match="every mean confidence of q is 0"):
+    with pytest.warns(UserWarning, match=r"every mean confidence of r \(question q\) is 0"):
         (one,) = settle(batch([A], [(1, 0)]))
     assert (one.reward, one.unscorable) == (None, "every mean confidence is 0")
 

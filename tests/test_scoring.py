@@ -323,3 +323,156 @@ def test_a_users_own_checker_is_run_and_its_fault_is_an_outcome(tmp_path):
     (tmp_path / "r.yaml").write_text("rubric: r\nitems: [{id: loud, check: shouts, with: {limit: '0'}}]\n")
     with pytest.raises(ConfigError, match=r"items\.0\.with\.limit: Input should be a valid integer \(got '0'\)"):
         run(data, rubrics=tmp_path / "r.yaml", checkers=[tmp_path / "mine.py"])
+
+
+WORST = """
+rubric: support
+items:
+  - {id: deadline, criterion: Names 30 days., weight: 1, check: contains, with: {text: 30 days}}
+  - {id: kind, criterion: Is kind to the customer., weight: 3, judge: default, on_failure: worst}
+"""
+
+
+def test_a_group_that_breaks_its_judge_together_gains_nothing_where_the_item_says_worst(tmp_path):
+    with JudgeServer(lambda body, number: "no JSON") as server:
+        records = run(rows(1, 2), **project(tmp_path, server.url, rubric=WORST))
+    assert [record["reward"] for record in records] == pytest.approx([0, 0.25])
+
+
+DROP = """
+rubric: support
+items:
+  - {id: deadline, criterion: Names 30 days., weight: 3, check: contains, with: {text: 30 days}}
+  - {id: kind, criterion: Is kind to the customer., weight: 1, judge: default}
+  - {id: calm, criterion: Stays calm., weight: 1, judge: default, on_failure: drop}
+"""
+
+
+def test_the_mean_confidence_is_that_of_every_ok_verdict_also_of_dropped_responses(tmp_path):
+    def judge(body, number):
+        text = user_text(body)
+        if "calm" in text:
+            return "no JSON" if "0 1" in text else verdict(1, 1)
+        return verdict(0.5, 0.2 if "0 1" in text else 0.8)
+
+    with JudgeServer(judge) as server:
+        options = project(tmp_path, server.url, rubric=DROP)
+        records = run(rows(1, 3), **options)
+    assert [record["reward"] is None for record in records] == [False, True, False]
+    sql = "select distinct item, round(mean_confidence, 9) from verdicts order by item"
+    assert query(options["log"], sql) == query(
+        options["log"],
+        "select item, round(avg(confidence), 9) from verdicts where outcome = 'ok' group by 1 order by 1",
+    )
+
+
+def test_a_finished_run_is_answered_from_its_log_failures_included(tmp_path):
+    broken = True
+
+    def half(body, number):
+        return Answer(status=400) if broken and number % 2 else honest(body, number)
+
+    with JudgeServer(half) as server:
+        options = project(tmp_path, server.url)
+        first = run(rows(), **options)
+        asked, broken = len(server.bodies), False
+        again = run(rows(), resume=True, out=tmp_path / "again.jsonl", **options)
+        assert len(server.bodies) == asked
+    assert any(cell["outcome"] == "transport" for record in first for cell in record["items"].values())
+    assert again == first
+    assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == first
+
+
+def test_a_run_that_is_still_going_is_not_taken_up_by_another(tmp_path):
+    async def twice(options):
+        first = asyncio.create_task(grape.score(rows(), **options))
+        while not query_or_none(options["log"], "select count(*) from judge_calls"):
+            await asyncio.sleep(0.05)
+        with pytest.raises(ConfigError, match=r"another process is at run .*; resume it when that has ended"):
+            await grape.score(rows(), resume=True, **options)
+        return await first
+
+    with JudgeServer(lambda body, number: Answer(text=honest(body, number), delay=0.2)) as server:
+        options = project(tmp_path, server.url, concurrency=2)
+        assert len(asyncio.run(twice(options))) == 16
+    assert query(options["log"], "select count(*) from verdicts") == [(64,)]
+
+
+def query_or_none(log, sql):
+    """The first number of a query, 0 while the log is held or not there yet."""
+    try:
+        return query(log, sql)[0][0]
+    except duckdb.Error:
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("out", "line"),
+    [("rows.jsonl", "is read or logged to by this run"), ("log.duckdb", "is read or logged to by this run"),
+     ("rubrics", "Is a directory"), ("none/out.jsonl", "No such file or directory")],
+)  # fmt: skip
+def test_an_output_that_would_destroy_something_is_refused_before_any_work(tmp_path, out, line):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows(1, 2))))
+    before = (tmp_path / "rows.jsonl").read_text()
+    options = project(tmp_path, "http://127.0.0.1:9/v1")
+    with pytest.raises(ConfigError, match=line):
+        run(tmp_path / "rows.jsonl", use_judges=False, out=tmp_path / out, **options)
+    assert (tmp_path / "rows.jsonl").read_text() == before
+    assert not options["log"].exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "detail"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"), ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("return grape.Finding(1.0, 5)", "a finding's reasoning and raw are text"), ("return None", "TypeError"),
+        ("return 1.5", "which is not a number from 0 to 1"), ("return float('nan')", "which is not a number from 0 to 1"),
+        ("raise Mute", "Mute"),
+    ],
+)  # fmt: skip
+def test_whatever_a_checker_does_is_an_outcome(tmp_path, body, detail):
+    (tmp_path / "mine.py").write_text(
+        "import grape\n"
+        "class Mute(Exception):\n    def __str__(self): raise RuntimeError\n"
+        f"@grape.checker\ndef own_{abs(hash(body))}(question, response):\n    {body}\n"
+    )
+    (tmp_path / "r.yaml").write_text(f"rubric: r\nitems: [{{id: own, check: own_{abs(hash(body))}}}]\n")
+    data = [{"question_id": 7, "category": "r", "question": "?", "response": "a"}]
+    (record,) = run(data, rubrics=tmp_path / "r.yaml", checkers=tmp_path / "mine.py")
+    assert record["items"]["own"]["outcome"] == "checker"
+    assert detail in record["items"]["own"]["detail"]
+    assert record["reward"] is None
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("import sys\nsys.exit(0)", "SystemExit: 0"), ("x = (", "SyntaxError"), ("x = 1", "registers no checker"),
+        ("import grape\n@grape.checker\nasync def a(question, response): ...", "a plain function of"),
+        ("import grape\n@grape.checker\ndef b(response): ...", "a plain function of"),
+        ("import grape\n@grape.checker\nclass C: ...", "a plain function of"),
+        ("import grape\n@grape.checker\ndef contains(question, response): ...", "a checker named 'contains' exists already"),
+        ("import grape\n@grape.checker\ndef d(question, response, *, n=1): ...", "arguments are keyword-only and have types"),
+    ],
+)  # fmt: skip
+def test_a_checkers_file_that_cannot_be_meant_is_one_line(tmp_path, source, line):
+    (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(ConfigError) as caught:
+        run(rows(1, 1), use_judges=False, checkers=[tmp_path / "mine.py"], rubrics=tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path}/mine.py: ")
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_rows_value_that_its_checker_cannot_take_is_named_before_any_work(tmp_path):
+    rubric = "rubric: support\nitems: [{id: own, check: regex, with: {pattern: {field: pattern}}}]\n"
+    (tmp_path / "r.yaml").write_text(rubric)
+    data = [{**row, "metadata": {"pattern": "("}} for row in rows(1, 1)]
+    with pytest.raises(ConfigError, match=r"row 1: item 'own' of rubric 'support': pattern: "):
+        run(data, rubrics=tmp_path / "r.yaml")
+
+
+def test_a_rubric_without_items_leaves_a_bare_row_unscorable(tmp_path):
+    (tmp_path / "r.yaml").write_text("rubric: support\nitems: []\n")
+    (record,) = run(rows(1, 1), rubrics=tmp_path / "r.yaml")
+    assert (record["reward"], record["advantage"]) == (None, 0)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, get_type_hints
 from pydantic import Field, ValidationError, create_model
 
 from grape.errors import ConfigError, SandboxError, known, one_line, path_of
+from grape.resources import digest, is_file
 from grape.types import Outcome, Question, Response, Strict, Verdict
 
 if TYPE_CHECKING:
@@ -77,6 +78,9 @@ def _register(name: str, function: F) -> F:
     if name in REGISTRY and REGISTRY[name].function.__module__ != function.__module__:
         raise ConfigError(f"{function.__module__}: a checker named {name!r} exists already")
     signature = inspect.signature(function)
+    first = list(signature.parameters.values())[:2]
+    if not inspect.isfunction(function) or inspect.iscoroutinefunction(function) or len(first) < 2:
+        raise ConfigError(f"{function.__module__}: checker {name!r}: a plain function of (question, response, *, ...)")
     hints = get_type_hints(function, include_extras=True)
     fields: dict[str, Any] = {}
     defaults: dict[str, Any] = {}
@@ -108,20 +112,21 @@ def registry() -> dict[str, Checker]:
 
 def load_checkers(path: str | Path) -> None:
     """Run a user's file, which registers its checkers with ``@grape.checker``. Only files named by the user are run."""
-    name = f"grape_user_{Path(path).stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not Path(path).is_file():
+    if Path(path).suffix != ".py" or not is_file(path):
         raise ConfigError(f"{path}: no such Python file")
+    name = f"grape_user_{digest(str(Path(path).resolve()))}"  # the same file again replaces what it registered
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, "a .py file has a loader"
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     registry()
     before = set(REGISTRY)
     try:
         spec.loader.exec_module(module)
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix(f'{name}: ')}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{path}: {told(error)}") from error
     if not set(REGISTRY) - before and not any(c.function.__module__ == name for c in REGISTRY.values()):
         raise ConfigError(f"{path}: registers no checker (decorate a function with @grape.checker)")
 
@@ -183,14 +188,7 @@ def run_checker(
     Without a ``sandbox`` a checker of programs has them confined on this machine, by its own Python.
     """
     entry = registry()[name]
-    values = {key: value for key, value in arguments.items() if _field(value) is None}
-    for key, field in row_fields(name, arguments).items():
-        value = question.get(field)
-        if value is None:
-            raise ConfigError(f"question {question.question_id!r} has no field {field!r}")
-        values[key] = value
-    model = entry.arguments.model_validate(values)
-    given = {key: getattr(model, key) for key in entry.arguments.model_fields}
+    given = bind_arguments(name, arguments, question)
     if entry.sandboxed:
         given["sandbox"] = sandbox or importlib.import_module("grape.sandbox").local()
     found = entry.function(question, response, **given)
@@ -198,8 +196,36 @@ def run_checker(
     score = finding.score
     if isinstance(score, str) or not isfinite(score) or not 0 <= score <= 1:
         raise ValueError(f"checker {name!r} returned {score!r}, which is not a number from 0 to 1")
+    if not isinstance(finding.reasoning, str) or not isinstance(finding.raw, str | None):
+        raise TypeError(f"checker {name!r}: a finding's reasoning and raw are text")
     reasoning = finding.reasoning or f"{name}: {float(score):g}"
     return Finding(float(score), reasoning, finding.raw)
+
+
+def bind_arguments(name: str, arguments: Mapping[str, Any], question: Question) -> dict[str, Any]:
+    """The arguments with those from the question's row filled in. ValueError, with the path, where one does not fit."""
+    model = registry()[name].arguments
+    values = {key: value for key, value in arguments.items() if _field(value) is None}
+    sources = row_fields(name, arguments)
+    for key, field in sources.items():
+        if (value := question.get(field)) is None:
+            raise ValueError(f"{field}: question {question.question_id!r} has no such field")
+        values[key] = value
+    try:
+        bound = model.model_validate(values)
+    except ValidationError as error:
+        fault = _fault(error.errors(), list(model.model_fields))
+        key, _, rest = fault.partition(":")
+        raise ValueError(f"{sources.get(key.split('.')[0], key)}:{rest}") from None
+    return {key: getattr(bound, key) for key in model.model_fields}
+
+
+def told(error: BaseException) -> str:
+    """An error in one line, even one that cannot be told."""
+    try:
+        return one_line(f"{type(error).__name__}: {error}")
+    except Exception:  # noqa: BLE001 - its own __str__ raises, whatever
+        return type(error).__name__
 
 
 def check_response(
@@ -216,8 +242,8 @@ def check_response(
         finding = run_checker(name, arguments, question, response, sandbox)
     except SandboxError as error:
         return Verdict(item=item, outcome=Outcome.SANDBOX, detail=one_line(error))
-    except Exception as error:  # noqa: BLE001 - the one place where a checker's own fault becomes an outcome
-        return Verdict(item=item, outcome=Outcome.CHECKER, detail=one_line(f"{type(error).__name__}: {error}"))
+    except BaseException as error:  # noqa: BLE001 - the one place where a checker's own fault becomes an outcome
+        return Verdict(item=item, outcome=Outcome.CHECKER, detail=told(error))
     return Verdict(
         item=item,
         outcome=Outcome.OK,

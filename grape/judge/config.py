@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
 from grape import resources
 from grape.errors import ConfigError, invalid, known
@@ -32,6 +40,9 @@ Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 
+ONE_OR_MANY = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
+
+
 def _many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -46,7 +57,7 @@ class Sampling(Strict):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_many)] | None = None
+    stop: Annotated[list[str], BeforeValidator(_many), ONE_OR_MANY] | None = None
     reasoning_effort: str | None = None
     extra_body: dict[str, Any] = {}
 
@@ -81,7 +92,7 @@ class Judge(Extensible):
 
     judge: Name
     client: str = Field("openai", json_schema_extra={"enum": list(CLIENTS)})
-    endpoint: Annotated[list[str], Field(min_length=1), BeforeValidator(_many)] | None = None
+    endpoint: Annotated[list[str], Field(min_length=1), BeforeValidator(_many), ONE_OR_MANY] | None = None
     api_key: str | None = None
     model: str | None = None
     prompt: str = "score"
@@ -100,7 +111,8 @@ class Judge(Extensible):
     @model_validator(mode="before")
     @classmethod
     def _default_confidence(cls, data: Any) -> Any:
-        foreign = isinstance(data, Mapping) and data.get("parser") in PARSERS and data.get("parser") != "json"
+        parser = data.get("parser") if isinstance(data, Mapping) else None
+        foreign = isinstance(parser, str) and parser in PARSERS and parser != "json"
         return {"confidence": "none", **data} if foreign else data  # such replies state none
 
     @field_validator("client")

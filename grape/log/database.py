@@ -25,6 +25,7 @@ from grape.log.views import VIEWS
 PATIENCE = 60.0  # seconds that a reader or a writer waits for the file before it gives up
 LONGEST_PAUSE = 0.1  # seconds between two attempts
 _jitter = random.SystemRandom()  # leaves the user's seeded generator alone
+DATA = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".yaml", ".py"}
 HELD = re.compile(r"Could not set lock on file|with a different configuration than existing connections")
 HOLDER = re.compile(r"\(PID (\d+)\)")
 
@@ -68,6 +69,12 @@ def _open(path: Path, read_only: bool, timeout: float, config: dict[str, Any]) -
 def pause(longest: float = LONGEST_PAUSE) -> None:
     """Let go for a random time, so that those who want the file do not ask for it in step."""
     time.sleep(_jitter.uniform(0, longest))
+
+
+def refuse_data(path: Path) -> None:
+    """DuckDB opens a data file as a database of one table, by its name; a log is never one."""
+    if {suffix.lower() for suffix in path.suffixes} & DATA:
+        raise LogError(f"{path}: a data file by its name, not a log (name it *.duckdb)")
 
 
 def _unopenable(path: Path, error: duckdb.Error) -> str:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from enum import Enum
+from itertools import islice
 from numbers import Integral, Real
 from typing import Any
 
@@ -19,6 +20,7 @@ from grape.errors import LogError, known, one_line
 Row = Mapping[str, Any]
 Schema = Mapping[str, Mapping[str, str]]  # table -> column -> DuckDB type
 OPTIONS = orjson.OPT_NAIVE_UTC | orjson.OPT_SERIALIZE_NUMPY
+CHUNK = 10_000  # rows that are checked and encoded at a time
 BITS = {"INTEGER": 31, "BIGINT": 63}
 NONE = type(None)
 # What goes through as it is; anything else takes the slow way through `CONVERT`.
@@ -46,7 +48,9 @@ def encode(schema: Schema, tables: Mapping[str, Iterable[Row]]) -> list[bytes]:
         if isinstance(rows, Mapping):
             raise LogError(f"{table}: a list of rows is meant, not one row")
         head = b'{"' + table.encode() + b'":'
-        lines += [head + row + b"}\n" for row in _dump(table, _checked(table, schema[table], list(rows)))]
+        remaining = iter(rows)
+        while chunk := list(islice(remaining, CHUNK)):  # a generator's rows are never all in memory
+            lines += [head + row + b"}\n" for row in _dump(table, _checked(table, schema[table], chunk))]
     return lines
 
 

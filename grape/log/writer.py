@@ -41,6 +41,7 @@ class Log:
     """
 
     def __init__(self, path: str | Path) -> None:
+        database.refuse_data(Path(path))
         self.path = Path(path).resolve()
         self._owner = os.getpid()
         self._writing = threading.Lock()  # the spool's files

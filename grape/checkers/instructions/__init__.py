@@ -14,7 +14,6 @@ from grape.checkers.instructions import layout, words
 from grape.checkers.instructions.form import CRITERIA, Form
 from grape.errors import known
 
-
 WEIGHT = 4  # an instruction that a program can check counts as much as doing the task, in the shipped rubric
 
 
