@@ -1,0 +1,220 @@
+"""Groups of responses sampled from the policy, with the log-probability of each token as it was drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from grape.errors import ConfigError, GrapeError
+from grape.policy import Policy, causal_lm, hidden_states, logits
+
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a token is drawn from its distribution; the defaults draw from the policy itself, as training must.
+
+    The log-probability of a token is that of the untruncated policy at temperature 1. Any other setting draws from
+    another distribution, so that importance ratios are wrong (with top_p by the mass that was cut off): it is refused
+    unless ``training`` is False, for evaluation. Temperature 0 takes the likeliest token. 0 is off for ``top_k``, as 1
+    is for ``top_p``, as 0 is for ``min_p``.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    training: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, ok, allowed in (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "finite and at least 0"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "at least 0"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1"),
+        ):
+            if not ok:
+                raise ConfigError(f"sampling.{name}: must be {allowed} (got {value})")
+        for name, value, needed in (
+            ("temperature", self.temperature, 1.0),
+            ("top_p", self.top_p, 1.0),
+            ("top_k", self.top_k, 0),
+            ("min_p", self.min_p, 0.0),
+        ):
+            if self.training and value != needed:
+                raise ConfigError(
+                    f"sampling.{name}: training needs {needed}, samples of the policy itself (got {value})"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled response: ``group`` is the place of its prompt, ``member`` its own place in the group.
+
+    ``token_ids`` ends with the stop token where ``finish`` is "stop"; ``logprobs`` has one natural logarithm for each.
+    ``text`` is without control tokens. Plain immutable data: any thread may keep it.
+    """
+
+    group: int
+    member: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish: Finish
+    text: str
+
+
+def sample(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    responses: int | Sequence[int],
+    max_tokens: int,
+    generator: torch.Generator | None = None,
+    sampling: Sampling = Sampling(),
+    on_response: Callable[[Rollout], None] | None = None,
+) -> list[Rollout]:
+    """``responses`` responses to each prompt (or one count per prompt), in order of group and member.
+
+    Each prompt is computed once and its cache shared out to its group; a finished row leaves the batch. Draws come from
+    ``generator``, on the model's device; on a CPU the same state gives the same bits. The model is in evaluation mode
+    meanwhile (no dropout) and must be left to this call.
+
+    ``on_response`` gets each rollout once, the moment it finishes, while the others are still being sampled. It is
+    called in the thread of `sample` and holds it up, so it should hand over and return: ``queue.SimpleQueue.put``, or
+    ``loop.call_soon_threadsafe(...)`` when `sample` runs in a thread beside an event loop. What it raises ends the
+    sampling and is passed on.
+    """
+    counts = [responses] * len(prompts) if isinstance(responses, int) else list(responses)
+    check(policy, prompts, counts, max_tokens)
+    places = [(group, member) for group, count in enumerate(counts) for member in range(count)]
+    done: dict[tuple[int, int], Rollout] = {}
+
+    def finish(place: tuple[int, int], tokens: list[int], logprobs: list[float], reason: Finish) -> None:
+        text = policy.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        done[place] = Rollout(
+            group=place[0],
+            member=place[1],
+            token_ids=tuple(tokens),
+            logprobs=tuple(logprobs),
+            finish=reason,
+            text=text,
+        )
+        if on_response is not None:
+            on_response(done[place])
+
+    if places:
+        with evaluating(policy.model):
+            decode(policy, prompts, places, max_tokens, lambda step: draw(step, sampling, generator), finish)
+    return [done[place] for place in places]
+
+
+def check(policy: Policy, prompts: Sequence[Sequence[int]], counts: list[int], max_tokens: int) -> None:
+    """Refuse what cannot be sampled: no room, no prompt, prompts that leave no room in the model's context."""
+    if max_tokens < 1:
+        raise ConfigError(f"sampling.max_tokens: must be at least 1 (got {max_tokens})")
+    if len(counts) != len(prompts) or any(count < 0 for count in counts):
+        raise ValueError("responses must be one count of at least 0 for each prompt")
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt has no tokens")
+    room = getattr(causal_lm(policy.model).config.get_text_config(), "max_position_embeddings", None)
+    longest = max(map(len, prompts), default=0)
+    if room and longest + max_tokens > room:
+        raise ConfigError(
+            f"sampling.max_tokens: {max_tokens} after a prompt of {longest} tokens exceed the model's {room} positions"
+        )
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@torch.no_grad()  # not inference_mode: tensors made there cannot enter the trainer's graph
+def decode(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    places: list[tuple[int, int]],
+    max_tokens: int,
+    draw: Callable[[Tensor], tuple[Tensor, Tensor]],
+    finish: Callable[[tuple[int, int], list[int], list[float], Finish], None],
+) -> None:
+    """The loop over tokens: R rows are alive; Q prompts are computed first and shared out."""
+    device = policy.model.device
+    groups = sorted({group for group, _ in places})  # a prompt without responses is not computed
+    ids_QP, attended_QP = pad_left([prompts[group] for group in groups], policy.pad_id, device)
+    out = hidden_states(policy.model, ids_QP, attended_QP, use_cache=True)
+    cache = out.past_key_values
+    rows_R = torch.tensor([groups.index(group) for group, _ in places], device=device)
+    cache.batch_select_indices(rows_R)
+    attended_RT, state_RH = attended_QP[rows_R], out.last_hidden_state[rows_R, -1]
+    alive = [(place, list[int](), list[float]()) for place in places]
+    while alive:
+        tokens_R, logprobs_R = draw(logits(policy.model, state_RH))
+        keep = []
+        for row, (token, logprob) in enumerate(zip(tokens_R.tolist(), logprobs_R.tolist(), strict=True)):
+            place, tokens, logprobs = alive[row]
+            tokens.append(token)
+            logprobs.append(logprob)
+            if token in policy.stop_ids or len(tokens) == max_tokens:
+                finish(place, tokens, logprobs, "stop" if token in policy.stop_ids else "length")
+            else:
+                keep.append(row)
+        if 0 < len(keep) < len(alive):
+            keep_R = torch.tensor(keep, device=device)
+            cache.batch_select_indices(keep_R)
+            attended_RT, tokens_R = attended_RT[keep_R], tokens_R[keep_R]
+        alive = [alive[row] for row in keep]
+        if alive:
+            attended_RT = torch.cat([attended_RT, attended_RT.new_ones(len(alive), 1)], dim=1)
+            out = hidden_states(policy.model, tokens_R[:, None], attended_RT, past_key_values=cache, use_cache=True)
+            state_RH = out.last_hidden_state[:, -1]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """The rows as one tensor that ends with each row's last token, and where they are tokens."""
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    attended_BT = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids_BT, attended_BT
+
+
+def draw(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """One token for each row, and its log-probability under the untruncated policy at temperature 1."""
+    logprobs_RV = logits_RV.log_softmax(-1)
+    if bool(logprobs_RV[:, 0].isnan().any()):  # a row without a norm is NaN in every column
+        raise GrapeError("the policy gives no numbers: its weights or activations are not finite")
+    if sampling.temperature == 0:
+        tokens_R1 = logprobs_RV.argmax(-1, keepdim=True)
+    else:
+        highest_RV = logprobs_RV - logprobs_RV.amax(-1, keepdim=True)  # 0 at the top, however cold
+        probs_RV = truncate((highest_RV / max(sampling.temperature, 1e-30)).softmax(-1), sampling)
+        tokens_R1 = torch.multinomial(probs_RV, 1, generator=generator)
+    return tokens_R1.squeeze(1), logprobs_RV.gather(1, tokens_R1).squeeze(1)
+
+
+def truncate(probs_RV: Tensor, sampling: Sampling) -> Tensor:
+    """The probabilities with the tail at zero, not normalised: top_k first, then top_p, then min_p."""
+    if 0 < sampling.top_k < probs_RV.shape[1]:
+        least_R1 = probs_RV.topk(sampling.top_k).values[:, -1:]
+        probs_RV = probs_RV.where(probs_RV >= least_R1, 0.0)
+    if sampling.top_p < 1:
+        sorted_RV, order_RV = probs_RV.sort(descending=True)
+        before_RV = sorted_RV.cumsum(-1) - sorted_RV
+        kept_RV = sorted_RV.where(before_RV < sampling.top_p * sorted_RV.sum(-1, keepdim=True), 0.0)
+        probs_RV = torch.zeros_like(probs_RV).scatter(1, order_RV, kept_RV)
+    if sampling.min_p > 0:
+        probs_RV = probs_RV.where(probs_RV >= sampling.min_p * probs_RV.amax(-1, keepdim=True), 0.0)
+    return probs_RV

@@ -1,0 +1,271 @@
+"""Sampling: exact log-probabilities, the same bits from the same seed, and nothing computed twice."""
+
+from __future__ import annotations
+
+import queue
+import threading
+
+import pytest
+import torch
+from tiny import tiny_policy
+
+from grape.errors import ConfigError, GrapeError
+from grape.policy import load_policy, pad, response_logprobs, save_policy
+from grape.rollout import Rollout, Sampling, draw, sample, truncate
+
+PROMPTS = [[20, 21, 22, 23, 24, 25], [30], [40, 41, 42]]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory):
+    return tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+@pytest.fixture(scope="module")
+def windowed(tmp_path_factory):
+    return tiny_policy(tmp_path_factory.mktemp("windowed"), "mistral", sliding_window=6)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def trainer_logprobs(policy, rollouts, prompts=PROMPTS):
+    batch = pad([prompts[r.group] for r in rollouts], [r.token_ids for r in rollouts], policy.pad_id)
+    with torch.no_grad():
+        logprobs_BT, _ = response_logprobs(policy.model, *batch)
+    return [row[mask].tolist() for row, mask in zip(logprobs_BT, batch[2], strict=True)]
+
+
+@pytest.mark.parametrize("which", ["policy", "windowed"])
+def test_logprobs_are_those_of_the_trainers_forward(which, request):
+    policy = request.getfixturevalue(which)
+    rollouts = sample(policy, PROMPTS, responses=8, max_tokens=30, generator=seeded())
+    assert {r.finish for r in rollouts} == {"stop", "length"}
+    for rollout, truth in zip(rollouts, trainer_logprobs(policy, rollouts), strict=True):
+        assert rollout.logprobs == pytest.approx(truth, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(policy):
+    first = sample(policy, PROMPTS, responses=4, max_tokens=20, generator=seeded(5))
+    assert sample(policy, PROMPTS, responses=4, max_tokens=20, generator=seeded(5)) == first
+    assert sample(policy, PROMPTS, responses=4, max_tokens=20, generator=seeded(6)) != first
+
+
+def test_only_the_generator_is_drawn_from(policy):
+    before = torch.get_rng_state()
+    sample(policy, PROMPTS, responses=2, max_tokens=5, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("which", ["policy", "windowed"])
+def test_greedy_is_generate_of_transformers(which, request):
+    policy = request.getfixturevalue(which)
+    rollouts = sample(policy, PROMPTS, responses=1, max_tokens=40, sampling=Sampling(temperature=0, training=False))
+    for prompt, rollout in zip(PROMPTS, rollouts, strict=True):
+        out = policy.model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=40)
+        assert list(rollout.token_ids) == out[0, len(prompt) :].tolist()
+
+
+def test_tokens_are_drawn_in_proportion_to_the_policys_probabilities(policy):
+    rollouts = sample(policy, [PROMPTS[2]], responses=20000, max_tokens=1, generator=seeded(1))
+    counts = torch.bincount(torch.tensor([r.token_ids[0] for r in rollouts]), minlength=99)
+    with torch.no_grad():
+        probs = policy.model(torch.tensor([PROMPTS[2]])).logits[0, -1].softmax(-1)
+    sure = probs > 5e-4
+    z = (counts / 20000 - probs) / (probs * (1 - probs) / 20000).sqrt()
+    assert z[sure].abs().max() < 5
+    assert 0.8 < z[sure].pow(2).mean() < 1.4
+
+
+def test_rows_are_in_order_and_end_where_they_should(policy):
+    counts = [3, 0, 5]
+    rollouts = sample(policy, PROMPTS, responses=counts, max_tokens=25, generator=seeded(3))
+    assert [(r.group, r.member) for r in rollouts] == [(0, 0), (0, 1), (0, 2), (2, 0), (2, 1), (2, 2), (2, 3), (2, 4)]
+    for rollout in rollouts:
+        stops = [token in policy.stop_ids for token in rollout.token_ids]
+        assert not any(stops[:-1])
+        assert rollout.finish == ("stop" if stops[-1] else "length")
+        assert stops[-1] or len(stops) == 25
+        assert len(rollout.logprobs) == len(rollout.token_ids)
+        assert rollout.text == policy.tokenizer.decode(rollout.token_ids, skip_special_tokens=True)
+        assert "<|end|>" not in rollout.text
+    assert sample(policy, PROMPTS, responses=0, max_tokens=5) == []
+    assert sample(policy, [], responses=4, max_tokens=5) == []
+
+
+def test_a_prompt_is_computed_once_and_finished_rows_are_computed_no_more(policy):
+    shapes = []
+    hook = policy.model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    try:
+        rollouts = sample(policy, PROMPTS, responses=16, max_tokens=30, generator=seeded())
+    finally:
+        hook.remove()
+    lengths = [len(r.token_ids) for r in rollouts]
+    assert shapes[0] == (3, 6)  # not 48 rows
+    assert shapes[1:] == [(sum(n > step for n in lengths), 1) for step in range(1, 30)]
+    assert shapes[-1][0] < 48
+
+
+def test_a_neighbour_changes_no_greedy_response(policy):
+    greedy = Sampling(temperature=0, training=False)
+    together = sample(policy, PROMPTS, responses=1, max_tokens=30, sampling=greedy)
+    for group, prompt in enumerate(PROMPTS):
+        alone = sample(policy, [prompt], responses=1, max_tokens=30, sampling=greedy)[0]
+        assert alone.token_ids == together[group].token_ids
+        assert alone.logprobs == pytest.approx(together[group].logprobs, abs=1e-5)
+
+
+def test_each_response_is_handed_over_once_and_while_others_are_being_sampled(policy):
+    steps, seen = [], []
+    hook = policy.model.model.register_forward_pre_hook(lambda module, args: steps.append(1))
+
+    def on_response(rollout):
+        seen.append((rollout, len(steps)))
+
+    try:
+        rollouts = sample(policy, PROMPTS, responses=16, max_tokens=30, generator=seeded(), on_response=on_response)
+    finally:
+        hook.remove()
+    assert sorted(((r.group, r.member) for r, _ in seen)) == [(r.group, r.member) for r in rollouts]
+    assert {id(r) for r, _ in seen} == {id(r) for r in rollouts}
+    assert [step for _, step in seen] == [len(r.token_ids) for r, _ in seen]  # at the step at which it ended
+    assert seen[0][1] < len(steps) == 30
+
+
+def test_a_queue_brings_responses_to_another_thread(policy):
+    inbox, scored = queue.SimpleQueue(), []
+
+    def score():
+        while (rollout := inbox.get()) is not None:
+            scored.append((rollout.group, rollout.member))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    try:
+        rollouts = sample(policy, PROMPTS, responses=4, max_tokens=10, generator=seeded(), on_response=inbox.put)
+    finally:
+        inbox.put(None)
+        thread.join()
+    assert sorted(scored) == [(r.group, r.member) for r in rollouts]
+
+
+def test_a_failing_callback_ends_the_sampling_and_leaves_the_model_as_it_was(policy):
+    def fail(rollout: Rollout) -> None:
+        raise KeyError(rollout.group)
+
+    policy.model.train()
+    policy.model.lm_head.eval()
+    try:
+        with pytest.raises(KeyError):
+            sample(policy, PROMPTS, responses=2, max_tokens=3, on_response=fail)
+        modes = {name: module.training for name, module in policy.model.named_modules()}
+        assert [name for name, mode in modes.items() if not mode] == ["lm_head"]
+    finally:
+        policy.model.eval()
+
+
+def test_dropout_and_gradient_checkpointing_do_not_reach_sampling(tmp_path):
+    policy = tiny_policy(tmp_path, attention_dropout=0.5)
+    calm = sample(policy, PROMPTS, responses=4, max_tokens=10, generator=seeded())
+    policy.model.gradient_checkpointing_enable()
+    policy.model.train()
+    assert sample(policy, PROMPTS, responses=4, max_tokens=10, generator=seeded()) == calm
+    assert policy.model.training
+
+
+def test_adapters_are_sampled_from(tmp_path):
+    from grape.config import Lora
+
+    base = tiny_policy(tmp_path / "base")
+    policy = load_policy(str(tmp_path / "base"), lora=Lora(r=4))
+    fresh = sample(policy, PROMPTS, responses=2, max_tokens=10, generator=seeded())
+    assert [r.token_ids for r in fresh] == [
+        r.token_ids for r in sample(base, PROMPTS, responses=2, max_tokens=10, generator=seeded())
+    ]
+    with torch.no_grad():
+        for name, p in policy.model.named_parameters():
+            if "lora_B" in name:
+                p.normal_(0, 0.5, generator=seeded(9))
+    moved = sample(policy, PROMPTS, responses=2, max_tokens=10, generator=seeded())
+    for rollout, truth in zip(moved, trainer_logprobs(policy, moved), strict=True):
+        assert rollout.logprobs == pytest.approx(truth, abs=1e-4)
+    assert [r.token_ids for r in moved] != [r.token_ids for r in fresh]
+    save_policy(policy, tmp_path / "adapters")
+    again = load_policy(str(tmp_path / "adapters"))
+    assert sample(again, PROMPTS, responses=2, max_tokens=10, generator=seeded()) == moved
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"temperature": 0.7}, "sampling.temperature: training needs 1.0, samples of the policy itself (got 0.7)"),
+        ({"temperature": 0}, "sampling.temperature: training needs 1.0, samples of the policy itself (got 0)"),
+        ({"top_p": 0.9}, "sampling.top_p: training needs 1.0, samples of the policy itself (got 0.9)"),
+        ({"top_k": 20}, "sampling.top_k: training needs 0, samples of the policy itself (got 20)"),
+        ({"min_p": 0.1}, "sampling.min_p: training needs 0.0, samples of the policy itself (got 0.1)"),
+        ({"temperature": -1, "training": False}, "sampling.temperature: must be finite and at least 0 (got -1)"),
+        ({"temperature": float("nan")}, "sampling.temperature: must be finite and at least 0 (got nan)"),
+        ({"top_p": 0, "training": False}, "sampling.top_p: must be above 0 and at most 1 (got 0)"),
+        ({"top_k": -1, "training": False}, "sampling.top_k: must be at least 0 (got -1)"),
+        ({"min_p": 1.5, "training": False}, "sampling.min_p: must be from 0 to 1 (got 1.5)"),
+    ],
+)
+def test_settings_that_would_bias_training_are_refused(setting, message):
+    with pytest.raises(ConfigError) as error:
+        Sampling(**setting)
+    assert str(error.value) == message
+
+
+def test_truncation_keeps_the_head_of_the_distribution():
+    probs = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
+
+    def kept(**setting):
+        return (truncate(probs, Sampling(training=False, **setting))[0] > 0).tolist()
+
+    assert kept() == [True, True, True, True]
+    assert kept(top_k=2) == [False, True, False, True]
+    assert kept(top_k=9) == [True, True, True, True]
+    assert kept(top_p=0.65) == [False, True, False, True]
+    assert kept(top_p=0.75) == [False, True, True, True]
+    assert kept(top_p=0.01) == [False, True, False, False]
+    assert kept(min_p=0.5) == [False, True, True, True]
+    assert kept(top_k=3, top_p=0.5) == [False, True, False, True]
+
+
+def test_evaluation_at_another_temperature_still_gives_the_policys_own_logprobs(policy):
+    for setting in (Sampling(temperature=0.5, top_p=0.9, training=False), Sampling(temperature=1e-300, training=False)):
+        rollouts = sample(policy, PROMPTS, responses=2, max_tokens=10, generator=seeded(), sampling=setting)
+        for rollout, truth in zip(rollouts, trainer_logprobs(policy, rollouts), strict=True):
+            assert rollout.logprobs == pytest.approx(truth, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_policy_that_gives_no_numbers_is_one_line(value):
+    logits_RV = torch.zeros(2, 5)
+    logits_RV[1, 3] = value
+    with pytest.raises(GrapeError, match="the policy gives no numbers: its weights or activations are not finite"):
+        draw(logits_RV, Sampling(), None)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"max_tokens": 0}, ConfigError, "sampling.max_tokens: must be at least 1 (got 0)"),
+        (
+            {"max_tokens": 507},
+            ConfigError,
+            "sampling.max_tokens: 507 after a prompt of 6 tokens exceed the model's 512 positions",
+        ),
+        ({"prompts": [[5], []]}, ValueError, "a prompt has no tokens"),
+        ({"responses": [1, 2]}, ValueError, "responses must be one count of at least 0 for each prompt"),
+        ({"responses": -1}, ValueError, "responses must be one count of at least 0 for each prompt"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused(policy, change, error, message):
+    call = {"prompts": PROMPTS, "responses": 2, "max_tokens": 5, **change}
+    with pytest.raises(error) as raised:
+        sample(policy, **call)
+    assert str(raised.value) == message

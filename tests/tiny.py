@@ -1,0 +1,81 @@
+"""A policy small enough for tests: a random model of a real architecture and a tokenizer of single characters."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: two spinning threads on a busy machine stall
+
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from grape.policy import Policy, load_policy
+
+PAD, END, START = "<|pad|>", "<|end|>", "<|start|>"
+CONTROL = [PAD, END, START]
+CHARS = sorted(set(string.digits + string.ascii_letters + string.punctuation + " \n"))
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+
+
+def tiny_tokenizer(*, template: str | None = TEMPLATE, eos: str | None = END) -> PreTrainedTokenizerFast:
+    """One token for each character (others are lost), and three control tokens."""
+    vocab = {token: number for number, token in enumerate([*CONTROL, *CHARS])}
+    core = Tokenizer(models.WordLevel(vocab, unk_token=PAD))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=PAD, eos_token=eos, additional_special_tokens=[START, END]
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_model(kind: str = "qwen3", *, tied: bool = True, seed: int = 0, **config: Any) -> Any:
+    """A random causal LM of 0.1 M parameters: "qwen3", "qwen2", "llama", "gemma2", ... in float32, evaluation mode.
+
+    The weights are drawn wider than usual, so that its predictions differ from token to token.
+    """
+    shape = {**SHAPE, "vocab_size": len(CONTROL) + len(CHARS), "tie_word_embeddings": tied, **config}
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), dtype=torch.float32)
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(0, 0.1)
+    finally:
+        torch.set_rng_state(state)
+    return model.eval()
+
+
+def tiny_folder(folder: Path, kind: str = "qwen3", *, tied: bool = True, seed: int = 0, **config: Any) -> Path:
+    """The model and the tokenizer, saved."""
+    tiny_model(kind, tied=tied, seed=seed, **config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_policy(folder: Path, kind: str = "qwen3", **config: Any) -> Policy:
+    """The policy of `tiny_folder`, loaded as a user's would be."""
+    return load_policy(str(tiny_folder(folder, kind, **config)))
