@@ -274,7 +274,7 @@ for family, address in [
     except OSError:
         pass
 try:
-    print("reached", socket.getaddrinfo("pypi.org", 443))
+    print("reached", socket.getaddrinfo("example.org", 443))
 except OSError:
     print("alone")
 """
