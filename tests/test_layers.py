@@ -22,13 +22,13 @@ LAYERS = [
     {"panel", "records"},
     {"run"},
     {"scoring", "config", "report", "starter"},
-    {"adapters", "chat"},
-    {"policy"},
-    {"rollout"},
+    {"adapters", "chat", "kl"},
+    {"policy", "loss"},
+    {"rollout", "value"},
     {"cases", "tour"},
     {"cli"},
 ]
-TENSOR = {"adapters", "loss", "policy", "rollout"}  # the half that needs torch
+TENSOR = {"adapters", "kl", "loss", "policy", "rollout", "value"}  # the half that needs torch
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
