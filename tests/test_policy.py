@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grape.chat import prompt_ids
 from grape.config import Lora
 from grape.errors import ConfigError
-from grape.policy import load_policy, micro_batches, pad, response_logprobs, save_policy
+from grape.policy import check_architecture, load_policy, micro_batches, pad, response_logprobs, save_policy
 from grape.types import Question
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -356,6 +356,20 @@ def test_unknown_lora_targets_and_adapters_twice_are_one_line(tmp_path):
     (tmp_path / "adapters" / "adapter_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"adapter_config.json: "):
         load_policy(str(tmp_path / "adapters"))
+
+
+def test_a_model_that_scales_its_logits_in_a_way_of_its_own_is_refused():
+    model = tiny_model()
+    check_architecture(model, "m")
+
+    def scale(module, args, out):
+        out.logits = out.logits * 1.5
+
+    model.register_forward_hook(scale)
+    with pytest.raises(
+        ConfigError, match=r"^m: Qwen3ForCausalLM is not supported: its logits depend on padding or scal"
+    ):
+        check_architecture(model, "m")
 
 
 def test_a_file_in_the_way_of_a_save_is_one_line(tmp_path):
