@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from grape.errors import GrapeError
+from grape.errors import ConfigError, GrapeError, known
 
 if TYPE_CHECKING:
     from grape.config import Kind
@@ -247,7 +247,7 @@ def score(
     as_json: bool,
 ) -> None:
     """Judge RESPONSES (.jsonl, .jsonl.gz or .parquet) against the rubrics of their categories."""
-    from grape.report import score_summary, score_table, show
+    from grape.report import failure_lines, score_summary, score_table, show
     from grape.scoring import score
 
     sandbox = _sandbox(python, service, unsafe_code)
@@ -262,8 +262,10 @@ def score(
         for record in records:
             click.echo(json.dumps(record))
         return
-    show(score_table(records), "", score_summary(records))
+    show(score_table(records), "", score_summary(records), *failure_lines(records))
     show(f'log: {log}   ask it: grape sql "from item_health" --log {log}', stderr=True)
+    if all(record["reward"] is None for record in records):
+        raise GrapeError("no response could be scored; the reasons stand above, and in the view failures")
 
 
 @cli.command()
@@ -277,7 +279,29 @@ def sql(query: str | None, log: Path, format_: Format) -> None:
     """Ask the critique log a QUERY, read-only; alone, list its tables and views."""
     from grape.log.query import render, sql
 
+    if query and Path(query).suffix in {".duckdb", ".db"}:
+        raise click.UsageError(f"{query!r} is no query; to ask that log: grape sql --log {query} QUERY")
     render(sql(query, log), format_, sys.stdout)
+
+
+@cli.command()
+@click.argument("name", required=False)
+@CHECKERS
+def checkers(name: str | None, checkers: tuple[Path, ...]) -> None:
+    """List the checkers with their arguments; what NAME does, in full."""
+    from inspect import getdoc
+
+    from grape.checkers import load_checkers, registry
+    from grape.report import checker_table, show
+
+    for path in checkers:
+        load_checkers(path)
+    if name is None:
+        show(checker_table(registry()))
+    elif name in registry():
+        show(checker_table({name: registry()[name]}), "", getdoc(registry()[name].function) or "")
+    else:
+        raise ConfigError(f"no checker named {name!r}; {known(registry(), name)}")
 
 
 @cli.command()

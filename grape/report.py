@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import getdoc
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grape.checkers import Checker, FromRow
+from grape.errors import one_line
 from grape.records import Record
 
+MOST_FAILURES = 3
 MOST_ITEMS = 40  # lines of a table on the terminal
 
 
@@ -53,6 +57,33 @@ def score_summary(records: Sequence[Record]) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     return f"{math.fsum(values) / len(values):.3f}" if values else "-"
+
+
+def failure_lines(records: Sequence[Record]) -> list[str]:
+    """The most frequent ways in which verdicts failed, with an example of each."""
+    ways: dict[tuple[str, str], list[str]] = {}
+    for record in records:
+        for item, cell in record["items"].items():
+            if cell["score"] is None and cell["outcome"] not in {"not_applicable", "skipped"}:
+                ways.setdefault((item, cell["outcome"]), []).append(cell.get("detail") or "")
+    most = sorted(ways.items(), key=lambda way: -len(way[1]))[:MOST_FAILURES]
+    return [f"failed: {len(details)} x {item}: {how}: {one_line(details[0], 120)}" for (item, how), details in most]
+
+
+def checker_table(checkers: Mapping[str, Checker]) -> Table:
+    """One line per checker: its arguments, with their defaults, and the first sentence of what it says of itself."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("checker", "arguments", "what it does"):
+        table.add_column(name)
+    for name, checker in checkers.items():
+        arguments = []
+        for key, field in checker.arguments.model_fields.items():
+            default = checker.defaults.get(key, "needed")
+            shown = f"{{field: {default.field}}}" if isinstance(default, FromRow) else default
+            arguments.append(f"{field.alias or key}={shown}")
+        first = " ".join((getdoc(checker.function) or "").split("\n\n")[0].split())
+        table.add_row(Text(name), Text(", ".join(arguments)), Text(first))
+    return table
 
 
 def check_lines(records: Sequence[Record]) -> list[Text]:

@@ -12,12 +12,13 @@ from itertools import count
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import orjson
 from pydantic import BeforeValidator, Field, ValidationError
 
 from grape.errors import ConfigError, invalid, one_line
 from grape.item import Item, distinct_ids, keys_at
 from grape.types import Question, Response, Strict, Turn
+
+MAX_DEPTH = 100
 
 
 def _id(value: Any) -> Any:
@@ -138,10 +139,9 @@ def _join(rows: Rows, question: Question, items: list[Item], place: str) -> None
 def _parse(place: str, data: Any) -> Row:
     try:
         row = Row.model_validate(data)
-        orjson.dumps([row.metadata, row.kwargs], default=str, option=orjson.OPT_NON_STR_KEYS)
+        if row.metadata and not _plain(row.metadata):
+            raise ConfigError(f"{place}: metadata: not plain data of text keys, nested at most {MAX_DEPTH} deep")
         return row
-    except (TypeError, RecursionError) as error:  # orjson's own error is a TypeError
-        raise ConfigError(f"{place}: metadata: not plain data: {one_line(error)}") from error
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         line = invalid(place, error, keys_at(error, Row))
@@ -208,6 +208,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
                     yield f"{path}: row {number}", _given(dict(zip(names, values, strict=True)))
     except duckdb.Error as error:
         raise ConfigError(f"{path}: {one_line(str(error).splitlines()[0])}") from error
+
+
+def _plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value can be stored as JSON: a circle is as deep as can be."""
+    if depth > MAX_DEPTH:
+        return False
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _plain(item, depth + 1) for key, item in value.items())
+    return all(_plain(item, depth + 1) for item in value) if isinstance(value, list | tuple) else True
 
 
 def _given(row: Mapping[str, Any]) -> dict[str, Any]:

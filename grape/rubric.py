@@ -115,14 +115,17 @@ def _odd_sums(where: str, items: list[Item]) -> Iterator[tuple[str, float]]:
             yield from _odd_sums(f"{where}.{number}.items", item.items)
 
 
-def parse_rubric(data: Any, source: str, *, judges: Collection[str] = ()) -> Rubric:
-    """A rubric from plain data. Unknown names are errors of one line; ``judges`` are known besides those on disk."""
+def parse_rubric(data: Any, source: str, *, judges: Collection[str] | None = ()) -> Rubric:
+    """A rubric from plain data. Unknown names are errors of one line.
+
+    ``judges`` are known besides those on disk; None where no judge will be asked, and any name will do.
+    """
     try:
         rubric = Rubric.model_validate(data)
     except ValidationError as error:
         raise invalid(source, error, keys_at(error, Rubric, cases=Case)) from error
     rubric._source = source
-    known_judges = {*judges, *resources.names("judges")}
+    known_judges = {*(judges or ()), *resources.names("judges")}
     known_prompts = set(resources.names("prompts"))
 
     def name(kind: str, path: str, value: str, names: Collection[str]) -> None:
@@ -133,7 +136,7 @@ def parse_rubric(data: Any, source: str, *, judges: Collection[str] = ()) -> Rub
         if (value := getattr(rubric, field)) is not None:
             name("prompt", field, value, {p.removeprefix(folder + "/") for p in known_prompts if p.startswith(folder)})
     for path, item in paths("items", rubric.items):
-        if item.judge:
+        if item.judge and judges is not None:
             name("judge", f"{path}.judge", item.judge, known_judges)
         if item.critique:
             critics = {p.removeprefix("critique/") for p in known_prompts if p.startswith("critique/")}
@@ -155,7 +158,7 @@ def _dump(model: Extensible) -> dict[str, Any]:
     return {**data, **model.extensions}
 
 
-def load_rubric(name: str | Path, *, judges: Collection[str] = ()) -> Rubric:
+def load_rubric(name: str | Path, *, judges: Collection[str] | None = ()) -> Rubric:
     """The rubric of a name or a file. Doubtful weights are warned of; everything else that is wrong raises."""
     path = resources.find("rubrics", name)
     text = resources.read_text(path)
@@ -166,7 +169,7 @@ def load_rubric(name: str | Path, *, judges: Collection[str] = ()) -> Rubric:
     return rubric
 
 
-def load_rubrics(folder: str | Path | None = None, *, judges: Collection[str] = ()) -> dict[str, Rubric]:
+def load_rubrics(folder: str | Path | None = None, *, judges: Collection[str] | None = ()) -> dict[str, Rubric]:
     """All rubrics of a folder (or one file), or of the search path, by category."""
     if folder is None:
         known_files = resources.names("rubrics").values()

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import orjson
-
 from grape.errors import ConfigError
 from grape.judge.call import CallRecord
 from grape.judge.config import Judge
@@ -28,7 +26,7 @@ from grape.rows import Rows
 from grape.rubric import Rubric
 
 logger = logging.getLogger("grape")
-KEYS = orjson.OPT_NON_STR_KEYS
+TRANSPORT = {"endpoint", "api_key", "timeout", "retries", "concurrency", "price"}  # how a judge is asked, not what
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,20 +130,22 @@ def stored_records(log: Log, run: Run) -> list[Record]:
 def fingerprint(
     rows: Rows, plans: Mapping[str, Plan], judges: Mapping[str, Judge], checkers: Sequence[str | Path], options: str
 ) -> str:
-    """A hash of everything that decides the result: rows, rubrics, judges, the user's checkers and the options."""
+    """A hash of everything that decides the result: rows, rubrics, judges, the user's checkers and the options.
+
+    How a judge is reached does not: a run whose judge timed out may be resumed with a longer timeout elsewhere.
+    """
     total = hashlib.sha256(options.encode())
     for question in rows.questions.values():
         own = [dump(item) for item in rows.items[question.question_id]]
         fields = [question.question_id, question.category, question.text, question.reference, question.tests]
         data = [*fields, question.entry_point, question.metadata, own]
-        total.update(orjson.dumps(data, default=str, option=KEYS))
+        total.update(json.dumps(data, default=str).encode())
     for response in rows.responses:
         ids = [response.response_id, response.question_id]
-        total.update(orjson.dumps([*ids, response.metadata], default=str, option=KEYS))
-        total.update(response.text.encode("utf-8", "surrogatepass"))
+        total.update(json.dumps([*ids, response.text, response.metadata], default=str).encode())
     parts = [
         *{plan.rubric.hash for plan in plans.values()},
-        *(f"{name} {judge.hash}" for name, judge in judges.items()),
+        *(f"{name} {judge.model_dump_json(exclude=TRANSPORT)}" for name, judge in judges.items()),
     ]
     parts += [digest(read_text(file)) for file in checkers]
     total.update(json.dumps(sorted(parts)).encode())

@@ -33,7 +33,7 @@ class Scale:
         if self.kind in {"ordinal", "choices", "binary"}:
             text = f"{raw:g}" if isinstance(raw, float) else str(raw).strip()
             if self.kind == "binary":
-                text = {"1": "met", "0": "not met"}.get(text, text)
+                text = {"1": "met", "0": "not met", "yes": "met", "no": "not met"}.get(text.casefold(), text)
             for label, value in zip(self.labels, self.values, strict=True):
                 if label.casefold() == text.casefold():
                     return value, label

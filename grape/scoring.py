@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,7 +73,7 @@ async def score(
     for file in checkers:
         load_checkers(file)
     rows = read_rows(responses)
-    by_category = load_rubrics(rubrics, judges=judges or ())
+    by_category = load_rubrics(rubrics, judges=(judges or ()) if use_judges else None)
     plans = plan_rows(rows, by_category, use_judges=use_judges)
     if not use_judges:
         _say_left_out(plans)
@@ -128,7 +128,7 @@ def _say_left_out(plans: Mapping[str, Plan]) -> None:
         logger.warning("no judges: left out as not applicable: %s%s", names, more)
 
 
-def load_judges(plans: Iterable[Plan], files: Mapping[str, str | Path | Judge]) -> dict[str, Judge]:
+def load_judges(plans: Collection[Plan], files: Mapping[str, str | Path | Judge]) -> dict[str, Judge]:
     """The judges that the plans ask, and their fallbacks, by the names that rubrics use."""
     wanted = {item.judge: plan for plan in plans for item in plan.applicable if item.judge}
     loaded: dict[str, Judge] = {}
@@ -141,6 +141,9 @@ def load_judges(plans: Iterable[Plan], files: Mapping[str, str | Path | Judge]) 
         loaded[name] = given if isinstance(given, Judge) else _load_judge(name, given, asker, files)
         if (fallback := loaded[name].fallback) is not None:
             queue.append((fallback, f"judge {name!r}"))
+    asked = {leaf.judge for plan in plans for leaf in plan.leaves if leaf.judge} | set(loaded)
+    if unused := sorted(set(files) - asked):
+        raise ConfigError(f"judge {unused[0]!r}: no item asks it; {known(asked, unused[0])}")
     for name in loaded:
         chain = [name]
         while (following := loaded[chain[-1]].fallback) is not None:

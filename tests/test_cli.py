@@ -9,6 +9,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+from loopback import Answer, JudgeServer
 
 GRAPE = Path(sys.executable).parent / "grape"
 
@@ -133,6 +134,30 @@ def test_quickstart_ranks_real_models(tmp_path):
         assert f"{correct:g}" in done.stdout
 
 
+def test_a_dead_judge_says_why_and_exits_with_one(started, tmp_path):
+    folder, _ = started
+    with JudgeServer(lambda body, number: Answer(status=401)) as server:
+        (tmp_path / "j.yaml").write_text(json.dumps({"judge": "d", "endpoint": server.url, "model": "m", "retries": 0}))
+        (tmp_path / "r.yaml").write_text("rubric: support\nitems: [{id: kind, criterion: Is kind., judge: default}]\n")
+        arguments = ["score", folder / "responses.jsonl", "--rubrics", "r.yaml", "--judge", "default=j.yaml"]
+        done = grape(*arguments, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "failed: 4 x kind: transport: " in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("grape: no response could be scored")
+    typo = grape(*arguments[:-1], "defualt=j.yaml", cwd=tmp_path, check=False)
+    assert typo.stderr.splitlines()[-1].startswith("grape: judge 'defualt': no item asks it; did you mean 'default'?")
+
+
+def test_checkers_are_listed_and_explained(tmp_path):
+    listing = grape("checkers", cwd=tmp_path).stdout
+    for name in ("exact", "math", "code", "json_schema", "length_constraints:number_words"):
+        assert f"\n{name} " in listing
+    assert "pattern=needed" in grape("checkers", "regex", cwd=tmp_path).stdout
+    assert grape("checkers", "regx", cwd=tmp_path, check=False).stderr.startswith(
+        "grape: no checker named 'regx'; did you mean 'regex'? known: "
+    )
+
+
 def test_schema_prints_json_schema(tmp_path):
     for kind in ("rubric", "judge", "run"):
         assert json.loads(grape("schema", kind, cwd=tmp_path).stdout)["title"] == f"grape {kind}"
@@ -140,5 +165,5 @@ def test_schema_prints_json_schema(tmp_path):
 
 def test_help_names_every_command(tmp_path):
     text = grape("--help", cwd=tmp_path).stdout
-    for command in ("init", "check", "schema", "score", "sql", "quickstart", "convert"):
+    for command in ("init", "check", "schema", "score", "sql", "quickstart", "convert", "checkers"):
         assert f"\n  {command} " in text

@@ -10,7 +10,7 @@ import pytest
 from grape.config import schema
 from grape.errors import ConfigError
 from grape.item import Item, applies_to, flatten, weights
-from grape.resources import read_yaml
+from grape.resources import names, read_yaml
 from grape.rubric import load_rubric, load_rubrics, parse_rubric
 from grape.scale import parse_scale
 from grape.types import Question
@@ -230,6 +230,9 @@ def test_the_json_schema_accepts_what_is_read_and_refuses_what_is_not():
         broken = json.loads(json.dumps(data))
         broken[path][1][key] = value
         assert list(validator.iter_errors(broken))
+    judges = jsonschema.Draft202012Validator(schema("judge"))
+    for file in names("judges").values():
+        assert list(judges.iter_errors(read_yaml(file))) == []
     jsonschema.Draft202012Validator.check_schema(schema("judge"))
     jsonschema.Draft202012Validator.check_schema(schema("run"))
 

@@ -150,7 +150,8 @@ def _field(value: object) -> str | None:
 def check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     """Refuse an unknown checker, and arguments it does not take or of another type, with one line (ValueError)."""
     if name not in registry():
-        raise ValueError(f".check: no checker named {name!r}; {known(REGISTRY, name)}")
+        plain = [other for other in REGISTRY if ":" not in other or ":" in name]
+        raise ValueError(f".check: no checker named {name!r}; {known(plain, name)} (see `grape checkers`)")
     entry = REGISTRY[name]
     given = {key: value for key, value in arguments.items() if _field(value) is None}
     deferred = set(arguments) - set(given)

@@ -20,6 +20,7 @@ WITH judged AS (
   WINDOW siblings AS (PARTITION BY run, step, question_id, rubric_hash, item)
 )
 SELECT
+  run AS run,                                                -- the run
   rubric AS rubric,                                          -- the rubric's name
   rubric_hash AS rubric_hash,                                -- content hash of the rubric's file
   category AS category,                                      -- the questions' category
@@ -38,8 +39,8 @@ SELECT
     FILTER (scored > 1) AS groups,                           -- groups with at least two scores
   count(DISTINCT (run, step, question_id)) FILTER (scored > 1 AND spread > 0)
     / nullif(groups, 0) AS share_separated                   -- of those, the share whose scores differ
-FROM judged GROUP BY rubric, rubric_hash, category, item
-ORDER BY mean_confidence NULLS FIRST, rubric, item;
+FROM judged GROUP BY run, rubric, rubric_hash, category, item
+ORDER BY mean_confidence NULLS FIRST, run, rubric, item;
 
 -- response_scores: One row per response: its text, what it earned, and how well it was measured.
 WITH counted AS (
