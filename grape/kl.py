@@ -49,7 +49,7 @@ def reward_kl(logprobs_BT: Tensor, ref_logprobs_BT: Tensor, mask_BT: Tensor, *, 
     Add it to the per-token rewards of `gae`, to the advantage (BT) after the group's baseline, or, as RLOO does and
     as a ratio per sequence needs, its sum over a row to the row's reward before the baseline.
     """
-    return torch.where(mask_BT, -kl_coef * k1(logprobs_BT, ref_logprobs_BT), 0.0).detach()
+    return torch.where(mask_BT.bool(), -kl_coef * k1(logprobs_BT, ref_logprobs_BT), 0.0).detach()
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float) -> float:

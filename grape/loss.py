@@ -79,7 +79,7 @@ def policy_loss(
             "the paper advises to start with 'token' (eq. 14)",
             stacklevel=2,
         )
-    _same_shape(mask_BT, logprobs_BT, old_logprobs_BT, ref_logprobs_BT, full_kl_BT, entropy_BT, rollout_logprobs_BT)
+    same_shape(mask_BT, logprobs_BT, old_logprobs_BT, ref_logprobs_BT, full_kl_BT, entropy_BT, rollout_logprobs_BT)
     mask = mask_BT.bool()
     new = masked(logprobs_BT, mask)
     old = (new if old_logprobs_BT is None else masked(old_logprobs_BT, mask)).detach()
@@ -275,7 +275,8 @@ def _refuse(
         raise ValueError(f"rollout_cap must be above 0, and needs rollout_logprobs_BT: {cap}")
 
 
-def _same_shape(mask_BT: Tensor, *tensors_BT: Tensor | None) -> None:
+def same_shape(mask_BT: Tensor, *tensors_BT: Tensor | None) -> None:
+    """Raises ValueError where torch would broadcast one tensor against another without a word."""
     shapes = {tuple(tensor.shape) for tensor in (mask_BT, *tensors_BT) if tensor is not None}
     if len(shapes) > 1 or mask_BT.dim() != 2:
         raise ValueError(f"the mask and all that is per token must have one shape BT, not {sorted(shapes)}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grape.loss import Aggregate, Metrics, aggregated, masked
+from grape.loss import Aggregate, Metrics, aggregated, masked, same_shape
 
 
 def gae(
@@ -21,6 +21,8 @@ def gae(
     V_t is the value of the text before token t; t + 1 is the next token that counts, and after the last one both V
     and A are 0. ``reward_BT`` holds the response's reward at its last token, and `kl.reward_kl` where it is used.
     """
+    same_shape(mask_BT, reward_BT, value_BT)
+    mask_BT = mask_BT.bool()
     reward_BT = masked(reward_BT, mask_BT).detach()
     value_BT = masked(value_BT, mask_BT).detach().to(reward_BT)
     advantage_BT = torch.zeros_like(reward_BT)
@@ -53,6 +55,8 @@ def value_loss(
     Where the second is the greater there is no gradient. ``aggregate`` and the totals are those of `loss.aggregated`.
     Metrics: value_loss; value_clip, the share of tokens that are clipped.
     """
+    same_shape(mask_BT, value_BT, return_BT, old_value_BT)
+    mask_BT = mask_BT.bool()
     value_BT = masked(value_BT, mask_BT)
     return_BT = masked(return_BT, mask_BT).detach()
     error_BT = (value_BT - return_BT).square()

@@ -534,9 +534,14 @@ def value_gae(m: ModuleType) -> None:
         close(advantage[0, places], t(*wanted), 1e-6)
         close(returns[0, places], t(*wanted) + value, 1e-6)
         assert (advantage[~mask] == 0).all() and (returns[~mask] == 0).all() and not returns.requires_grad
-    close(m.gae(reward[None], value[None], torch.ones(1, 4).bool())[0][0], t(*table[1][2]), 1e-6)
+    close(m.gae(reward[None], value[None], torch.ones(1, 4))[0][0], t(*table[1][2]), 1e-6)
     empty = torch.zeros(2, 0)
     assert m.gae(empty, empty, empty.bool())[0].shape == (2, 0)
+    try:
+        m.gae(reward[:, None], value[None], mask[:1, :4].long())
+    except ValueError:
+        return
+    raise AssertionError("broadcast")
 
 
 def value_clipped(m: ModuleType) -> None:
@@ -566,9 +571,14 @@ def value_clipped(m: ModuleType) -> None:
     close(half[1]["value_clip"], 1 / 6)
     close(half[0].detach(), (5 + 0.65**2) / 4)
     close(m.value_loss(value, returns, mask, aggregate="seq-mean-token-sum-norm", norm_length=5)[0].detach(), 5.01 / 10)
-    for wrong in ({"clip": 0.2}, {"clip": 0.0, "old_value_BT": old}):
+    for wrong in (
+        {"clip": 0.2},
+        {"clip": 0.0, "old_value_BT": old},
+        {"return_BT": returns[:, :1]},
+        {"old_value_BT": t(1)},
+    ):
         try:
-            m.value_loss(value, returns, mask, **wrong)
+            m.value_loss(**{"value_BT": value, "return_BT": returns, "mask_BT": mask, **wrong})
         except ValueError:
             continue
         raise AssertionError("accepted")
