@@ -27,7 +27,7 @@ LONGEST_PAUSE = 0.1  # seconds between two attempts
 _jitter = random.SystemRandom()  # leaves the user's seeded generator alone
 DATA = {".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".yaml", ".py"}
 # The file is another process's, or has in this one a connection of another kind, or one that is just closing.
-HELD = re.compile(r"Could not set lock on file|with a different configuration than existing|Unique file handle conflict")
+HELD = re.compile(r"Could not set lock on|with a different configuration than existing|Unique file handle conflict")
 HOLDER = re.compile(r"\(PID (\d+)\)")
 
 
