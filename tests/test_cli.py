@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,3 +168,45 @@ def test_help_names_every_command(tmp_path):
     text = grape("--help", cwd=tmp_path).stdout
     for command in ("init", "check", "schema", "score", "sql", "quickstart", "convert", "checkers"):
         assert f"\n  {command} " in text
+
+
+PROGRAMS = [
+    {
+        "question_id": "a",
+        "category": "coding",
+        "question": "Write f.",
+        "tests": "expect(call('f', 2) == 4)",
+        "response": r,
+    }
+    for r in ("```python\ndef f(x):\n    return 2 * x\n```", "```python\ndef f(x):\n    return x\n```")
+]
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
+@pytest.mark.parametrize(
+    ("flags", "outcomes"),
+    [
+        ([], ["ok", "ok"]),
+        (["--python", "/usr/bin/python3"], ["ok", "ok"]),
+        (["--unsafe-code"], ["ok", "ok"]),
+        (["--sandbox", "http://127.0.0.1:9/"], ["sandbox", "sandbox"]),
+    ],
+)
+def test_programs_run_where_the_flags_say(tmp_path, flags, outcomes):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, PROGRAMS)))
+    (tmp_path / "r.yaml").write_text("rubric: coding\nitems: [{id: tests, check: code}]\n")
+    arguments = ["score", "rows.jsonl", "--rubrics", "r.yaml", "--out", "out.jsonl"]
+    done = grape(*arguments, *flags, cwd=tmp_path, check=False)
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["items"]["tests"]["outcome"] for record in records] == outcomes
+    if outcomes[0] == "ok":
+        assert [record["advantage"] for record in records] == [0.5, -0.5]
+        assert done.returncode == 0
+    else:
+        assert [record["reward"] for record in records] == [None, None]
+        assert done.returncode == 1
+
+
+def test_a_service_runs_programs_alone(tmp_path):
+    done = grape("score", "x.jsonl", "--sandbox", "http://127.0.0.1:9/", "--unsafe-code", cwd=tmp_path, check=False)
+    assert done.returncode == 2
