@@ -158,7 +158,7 @@ def _load_judge(name: str, given: str | Path, asker: str, files: Mapping[str, An
         return load_judge(given)
     except ConfigError as error:
         if str(error).startswith("no judge named"):
-            raise ConfigError(f"{asker}: {error}; given: {known(files)}") from error
+            raise ConfigError(f"{asker}: {error} (give a file: --judge {name}=FILE)") from error
         raise
 
 
