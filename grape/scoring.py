@@ -138,7 +138,7 @@ def load_judges(plans: Collection[Plan], files: Mapping[str, str | Path | Judge]
         if name in loaded:
             continue
         given = files.get(name, name)
-        loaded[name] = given if isinstance(given, Judge) else _load_judge(name, given, asker, files)
+        loaded[name] = given if isinstance(given, Judge) else _load_judge(name, given, asker)
         if (fallback := loaded[name].fallback) is not None:
             queue.append((fallback, f"judge {name!r}"))
     asked = {leaf.judge for plan in plans for leaf in plan.leaves if leaf.judge} | set(loaded)
@@ -153,7 +153,7 @@ def load_judges(plans: Collection[Plan], files: Mapping[str, str | Path | Judge]
     return loaded
 
 
-def _load_judge(name: str, given: str | Path, asker: str, files: Mapping[str, Any]) -> Judge:
+def _load_judge(name: str, given: str | Path, asker: str) -> Judge:
     try:
         return load_judge(given)
     except ConfigError as error:
