@@ -31,7 +31,7 @@ questions: What was asked. The responses to one question form a group.
 
 responses: What was answered, and where the answer came from.
   run              VARCHAR                the run, as in runs
-  step             INTEGER                the training step; NULL outside training
+  step             INTEGER                the training step; 0 outside training
   response_id      VARCHAR                names the response, unique within run and step
   question_id      VARCHAR                the question, as in questions
   category         VARCHAR                the question's category
@@ -46,7 +46,7 @@ responses: What was answered, and where the answer came from.
 
 verdicts: One judgement of one response on one item: reasoning, score, confidence; or a typed failure.
   run              VARCHAR                the run, as in runs
-  step             INTEGER                the training step; NULL outside training
+  step             INTEGER                the training step; 0 outside training
   question_id      VARCHAR                the question, as in questions
   response_id      VARCHAR                the response, as in responses
   category         VARCHAR                the question's category
@@ -103,7 +103,7 @@ judge_calls: One answered or failed request to a judge, stored before its reply 
 
 rewards: The reward and the advantage of one response, as used: stored, not to be derived again.
   run              VARCHAR                the run, as in runs
-  step             INTEGER                the training step; NULL outside training
+  step             INTEGER                the training step; 0 outside training
   question_id      VARCHAR                the group
   response_id      VARCHAR                the response, as in responses
   category         VARCHAR                the question's category
@@ -121,7 +121,7 @@ rewards: The reward and the advantage of one response, as used: stored, not to b
 
 steps: One training step, or the one batch of a scoring run.
   run              VARCHAR                the run, as in runs
-  step             INTEGER                the training step; NULL outside training
+  step             INTEGER                the training step; 0 outside training
   started          TIMESTAMP              when it began (UTC)
   finished         TIMESTAMP              when it ended (UTC)
   num_questions    INTEGER                questions in the batch
