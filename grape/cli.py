@@ -265,7 +265,7 @@ def score(
     show(score_table(records), "", score_summary(records), *failure_lines(records))
     show(f'log: {log}   ask it: grape sql "from item_health" --log {log}', stderr=True)
     if all(record["reward"] is None for record in records):
-        raise GrapeError("no response could be scored; the reasons stand above, and in the view failures")
+        _say("no response could be scored: the reasons stand above, and in the view failures")
 
 
 @cli.command()

@@ -135,14 +135,13 @@ def test_quickstart_ranks_real_models(tmp_path):
         assert f"{correct:g}" in done.stdout
 
 
-def test_a_dead_judge_says_why_and_exits_with_one(started, tmp_path):
+def test_a_dead_judge_says_why(started, tmp_path):
     folder, _ = started
     with JudgeServer(lambda body, number: Answer(status=401)) as server:
         (tmp_path / "j.yaml").write_text(json.dumps({"judge": "d", "endpoint": server.url, "model": "m", "retries": 0}))
         (tmp_path / "r.yaml").write_text("rubric: support\nitems: [{id: kind, criterion: Is kind., judge: default}]\n")
         arguments = ["score", folder / "responses.jsonl", "--rubrics", "r.yaml", "--judge", "default=j.yaml"]
-        done = grape(*arguments, cwd=tmp_path, check=False)
-    assert done.returncode == 1
+        done = grape(*arguments, cwd=tmp_path)
     assert "failed: 4 x kind: transport: " in done.stdout
     assert done.stderr.splitlines()[-1].startswith("grape: no response could be scored")
     typo = grape(*arguments[:-1], "defualt=j.yaml", cwd=tmp_path, check=False)
@@ -196,15 +195,14 @@ def test_programs_run_where_the_flags_say(tmp_path, flags, outcomes):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, PROGRAMS)))
     (tmp_path / "r.yaml").write_text("rubric: coding\nitems: [{id: tests, check: code}]\n")
     arguments = ["score", "rows.jsonl", "--rubrics", "r.yaml", "--out", "out.jsonl"]
-    done = grape(*arguments, *flags, cwd=tmp_path, check=False)
+    done = grape(*arguments, *flags, cwd=tmp_path)
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["items"]["tests"]["outcome"] for record in records] == outcomes
     if outcomes[0] == "ok":
         assert [record["advantage"] for record in records] == [0.5, -0.5]
-        assert done.returncode == 0
     else:
         assert [record["reward"] for record in records] == [None, None]
-        assert done.returncode == 1
+        assert "no response could be scored" in done.stderr
 
 
 def test_a_service_runs_programs_alone(tmp_path):
