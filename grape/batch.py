@@ -22,7 +22,7 @@ from grape.reward import (
     item_terms,
     mean_confidence,
 )
-from grape.types import Outcome, Response, Verdict
+from grape.types import Response, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +96,11 @@ class Cells:
                 if verdict.score is not None:
                     valid[i, j], score[i, j] = True, verdict.score
                     confidence[i, j] = np.nan if verdict.confidence is None else verdict.confidence
-                elif item.on_failure == "worst" and verdict.outcome is not Outcome.SKIPPED:
+                elif item.on_failure == "worst":
                     valid[i, j], score[i, j] = True, float(item.undesirable)
                 if item is gated and item.gate is not None:
                     gate[i, j] = item.gate.reward
-        confidence = _mean_confidences(batch, confidence, valid & (weight > 0))
+        confidence = _mean_confidences(batch, confidence, valid)
         confidence[valid & np.isnan(confidence)] = 1.0  # nobody has a verdict, and `worst` has to count all the same
         for i, judged in enumerate(batch):
             if judged.gate() is None and dropping(judged) is not None:

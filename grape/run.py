@@ -84,7 +84,8 @@ class Run:
 def answered_calls(log: Log, run: str) -> dict[str, CallRecord]:
     """The replies that a run has got so far, by call key."""
     columns = ["call", *(field.name for field in fields(CallRecord))]
-    rows = log.query(f"select {', '.join(columns)} from judge_calls where run = ?", [run])
+    # a call that failed and was asked again has several rows: the last one stands
+    rows = log.query(f"select {', '.join(columns)} from judge_calls where run = ? order by rowid", [run])
     return {row[0]: CallRecord.from_row(dict(zip(columns, row, strict=True))) for row in rows}
 
 

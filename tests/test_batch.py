@@ -136,3 +136,20 @@ def test_no_confidence_at_all_is_unscorable_and_warned_of():
 def test_a_question_to_which_nothing_applies_is_unscorable():
     (one,) = settle(batch([{**A, "applies_when": {"has": "tests"}}], [Outcome.NOT_APPLICABLE]))
     assert (one.reward, one.unscorable, one.credit) == (None, "no item applies", {})
+
+
+def test_a_failed_gate_stands_although_an_item_that_it_spared_would_drop_the_response():
+    gate = {**A, "gate": {"at_least": 0.5, "reward": -1}}
+    one, two = settle(batch([gate, {**B, "on_failure": "drop"}], [(0, 1), Outcome.SKIPPED], [(1, 1), (1, 1)]))
+    assert (one.reward, one.gate, one.unscorable) == (-1, "a", None)
+    assert (one.advantage, two.advantage) == (-1, 1)
+
+
+def test_what_a_dropped_response_scored_stands_in_for_nobody():
+    items = [A, {"id": "b", "weight": 8}, {"id": "c"}]
+    one, two, three = settle(
+        batch(items, [(0, 1), Outcome.TIMEOUT, (1, 1)], [(1, 1), (1, 1), Outcome.TIMEOUT], [(1, 1), (1, 1), (0.5, 1)])
+    )
+    assert (one.reward, one.imputed) == (None, {})
+    assert two.imputed == {"c": 0.5}
+    assert (two.reward, three.reward) == pytest.approx((0.95, 0.95))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,17 @@ SETUP = [
 ]
 
 
+def confined(block):
+    """Whether a block runs programs, which needs bubblewrap."""
+    return "examples/coding" in block
+
+
 def test_console_blocks_print_what_they_show(tmp_path):
     folder = prepare(tmp_path)
     wrong = []
     for block in blocks(README, "console"):
+        if confined(block) and shutil.which("bwrap") is None:
+            continue  # the README says what to install; .ci/run does, so there the block is held to its word
         for command in commands(block):
             done = run(command.text, folder)
             printed = done.stdout + (done.stderr if done.returncode else "")

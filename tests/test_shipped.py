@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 import warnings
 from pathlib import Path
 
@@ -166,6 +167,9 @@ def test_the_checkers_score_a_case_as_it_says(name, number):
         assert (expected is Outcome.NOT_APPLICABLE) == (shares[item.id] == 0), item.id
         if item.check and shares[item.id]:
             got = check_response(item.id, item.check, item.arguments, item.confidence, question, response)
+            if item.check == "code" and shutil.which("bwrap") is None:
+                assert got.outcome is Outcome.SANDBOX
+                continue
             assert got.outcome is Outcome.OK, got.detail
             assert expected[0] <= got.score <= expected[1], f"{item.id}: {got.reasoning}"
 
