@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from grape import resources
+from grape.errors import ConfigError, invalid
 from grape.types import Strict, Unit
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _many(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_many)]
 
 
 class Lora(Strict):
@@ -23,36 +36,100 @@ class Lora(Strict):
 
 
 class PolicyConfig(Strict):
-    """The model that is trained."""
+    """The model that is trained. With ``bfloat16`` the arithmetic is in that type and the weights stay in float32."""
 
     model: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
     lora: Lora | None = None
+    gradient_checkpointing: bool = False
+
+
+class DifficultyConfig(Strict):
+    """Which questions are kept, by the mean score (sum of weight x score) of the untrained policy's ``responses``."""
+
+    low: Unit = 0.2
+    high: Unit = 0.8
+    responses: Count = 16
 
 
 class QuestionsConfig(Strict):
-    """Where the questions come from, which column is which field, and their category where the rows have none."""
+    """Where the questions come from, which column is which field, and their category where the rows have none.
+
+    ``path`` is a .jsonl or .parquet file, a folder written by `datasets`, or a data set's name on the hub (with
+    ``split`` and, where it has several, ``subset``). ``order`` easy-to-hard goes by the field ``difficulty`` of a row
+    (a number, greater is harder), or else by what the difficulty filter measured.
+    """
 
     path: str
+    split: str = "train"
+    subset: str | None = None
     map: dict[str, str] = Field(default_factory=dict)
     category: str | None = None
+    bad_rows: Literal["fail", "skip"] = "fail"
+    difficulty: DifficultyConfig | None = None
+    order: Literal["shuffled", "given", "easy-to-hard"] = "shuffled"
 
 
 class SamplingConfig(Strict):
-    """How groups of responses are drawn: ``questions`` groups a step of ``responses`` each."""
+    """How groups of responses are drawn: ``questions`` groups a step of ``responses`` each.
+
+    ``rounds`` above 1 is dynamic sampling: while groups of equal rewards leave fewer than ``questions`` to learn from,
+    further questions are drawn, at most so many times.
+    """
 
     questions: Count = 32
     responses: Count = 8
     max_tokens: Count = 256
-    temperature: Positive = 1.0
+    temperature: NonNegative = 1.0
+    top_p: Unit = 1.0
+    top_k: Whole = 0
+    min_p: Unit = 0.0
+    rounds: Count = 1
 
 
 class ImproveConfig(Strict):
-    """The improve route: the share of a group made from a previous response and its critiques."""
+    """The improve route: responses made from a previous response and its critiques.
+
+    ``share`` of every group, or each member with ``probability``. ``source`` is the question's last group in the log, or
+    the fresh members of the same step. ``context`` canonical trains on the question alone, behaviour on what was seen.
+    ``baseline`` False leaves these members out of the group mean, ``negative`` False masks their negative advantages.
+    ``controls`` is the share of them that sees a sibling question's critique, and again the share that sees none.
+    """
 
     share: Unit = 0.0
+    probability: Unit = 0.0
     pick: Literal["random", "best", "worst", "last"] = "random"
+    source: Literal["log", "step"] = "log"
     context: Literal["canonical", "behaviour"] = "canonical"
+    baseline: bool = True
+    negative: bool = True
+    controls: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    max_chars: Count = 8000
+
+    @model_validator(mode="after")
+    def _one_way(self) -> ImproveConfig:
+        if self.share and self.probability:
+            raise ValueError(".probability: share and probability exclude each other")
+        return self
+
+
+class SftConfig(Strict):
+    """A given answer as one member of each group: the text in the question's ``field``; trained on, or baseline only."""
+
+    field: str
+    use: Literal["train", "baseline"] = "train"
+
+
+class TruncationConfig(Strict):
+    """What becomes of a response cut at ``max_tokens``; it is judged only with ``keep``.
+
+    mask: out of the loss, and unscorable; penalty: its reward is ``penalty``; soft: DAPO's overlong penalty, a line from
+    0 to -1 over the last ``buffer`` tokens, on every response, and -1 for one that is cut.
+    """
+
+    how: Literal["mask", "penalty", "soft", "keep"] = "mask"
+    penalty: Number = 0.0
+    buffer: Count | None = None
 
 
 class AdvantageConfig(Strict):
@@ -63,25 +140,63 @@ class AdvantageConfig(Strict):
 
 
 class LossConfig(Strict):
-    """The clipped policy loss, eqs. 14 and 17."""
+    """The policy loss (`grape.loss.policy_loss`), eqs. 9, 14 and 17.
+
+    ``kl: reward`` is eq. 12; ``trpo`` is the penalty on KL(old || new) of eq. 9, without clip. ``kl_target`` makes the
+    coefficient adaptive. ``rollout_cap`` turns on truncated importance weights where the tokens were not drawn from
+    the policy in the context that is trained (improve members).
+    """
 
     ratio: Literal["token", "sequence", "sequence-mean", "tapered", "none"] = "token"
     clip_low: NonNegative = 0.2
     clip_high: NonNegative = 0.2
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
     aggregate: Literal["seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm", "token-mean"] = (
         "seq-mean-token-sum"
     )
-    kl: Literal["none", "k2", "k3", "full", "reward"] = "none"
+    norm_length: Positive | None = None
+    kl: Literal["none", "k2", "k3", "full", "reward", "trpo"] = "none"
     kl_coef: NonNegative = 0.0
+    kl_target: Positive | None = None
+    entropy_coef: NonNegative = 0.0
+    rollout_cap: Positive | None = None
+
+
+class ValueConfig(Strict):
+    """PPO: a value head on the policy, GAE instead of the group's baseline, and the clipped value loss."""
+
+    coef: Positive = 0.5
+    clip: Positive | None = 0.2
+    gamma: Unit = 1.0
+    lam: Unit = 0.95
+    lr: Positive | None = None
 
 
 class OptimizerConfig(Strict):
-    """AdamW, and how a batch is cut into micro-batches."""
+    """AdamW, its schedule, and how a batch is cut into micro-batches. One update per epoch over the step's batch."""
 
     lr: Positive = 1e-6
     epochs: Annotated[int, Field(ge=1, le=4)] = 1
     micro_tokens: Count = 16384
     max_grad_norm: Positive = 1.0
+    weight_decay: NonNegative = 0.0
+    warmup: Whole = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+
+class EvaluateConfig(Strict):
+    """Held-out questions, sampled and scored before the first step, ``every`` so many steps, and after the last.
+
+    Their verdicts stand in the log under the run's name with ``.heldout``. Other ``rubrics`` and ``judges`` than the
+    training's make it a held-out judge.
+    """
+
+    questions: QuestionsConfig
+    every: Count = 50
+    responses: Count = 1
+    greedy: bool = False
+    rubrics: str | None = None
+    judges: dict[str, str] | None = None
 
 
 class CheckpointConfig(Strict):
@@ -99,15 +214,87 @@ class RunConfig(Strict):
     questions: QuestionsConfig
     rubrics: str | None = None
     judges: dict[str, str] = Field(default_factory=dict)
+    checkers: Names = Field(default_factory=list)
     sampling: SamplingConfig = SamplingConfig()
     improve: ImproveConfig = ImproveConfig()
+    sft: SftConfig | None = None
+    truncation: TruncationConfig = TruncationConfig()
     advantage: AdvantageConfig = AdvantageConfig()
     loss: LossConfig = LossConfig()
+    value: ValueConfig | None = None
     optimizer: OptimizerConfig = OptimizerConfig()
+    evaluate: EvaluateConfig | None = None
     steps: Count = 300
     checkpoint: CheckpointConfig | None = None
+    trackers: Names = Field(default_factory=list)
     log: str = "critiques.duckdb"
-    seed: int = 0
+    seed: Whole = 0
+
+    @model_validator(mode="after")
+    def _together(self) -> RunConfig:
+        loss, per_sequence = self.loss, self.loss.ratio in ("sequence", "sequence-mean", "tapered")
+        if loss.kl == "none" and (loss.kl_coef or loss.kl_target):
+            raise ValueError(".loss.kl_coef: needs a loss.kl other than none")
+        if loss.kl != "none" and not loss.kl_coef:
+            raise ValueError(f".loss.kl_coef: loss.kl {loss.kl} needs one above 0")
+        if loss.kl == "trpo" and loss.ratio != "token":
+            raise ValueError(".loss.kl: trpo goes with ratio token")
+        if loss.aggregate == "seq-mean-token-sum-norm" and loss.norm_length is None:
+            raise ValueError(".loss.norm_length: aggregate seq-mean-token-sum-norm needs it")
+        if self.value and per_sequence:
+            raise ValueError(f".value: has an advantage per token, ratio {loss.ratio} takes one per sequence")
+        if self.value and (self.advantage.baseline != "none" or self.advantage.scale != "none"):
+            raise ValueError(".value: the value head is the baseline: set advantage.baseline to none and no scale")
+        if self.truncation.how == "soft" and not self.truncation.buffer:
+            raise ValueError(".truncation.buffer: how: soft needs it")
+        return self
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a file, with ``section.field=value`` overrides (values are YAML)."""
+    path = Path(path)
+    data = resources.read_yaml(path, resources.read_text(path))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a run is a mapping of sections, not {type(data).__name__}")
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"{override!r} is not FIELD=VALUE, such as loss.clip_high=0.28")
+        *sections, field = name.split(".")
+        place: Any = data
+        for section in sections:
+            if place.get(section) is None:
+                place[section] = {}
+            place = place[section]
+            if not isinstance(place, dict):
+                raise ConfigError(f"{override!r}: {section} has no fields")
+        place[field] = resources.read_yaml(Path(f"{override!r}"), text)
+    return parse_run(data, str(path))
+
+
+def parse_run(data: Any, source: str) -> RunConfig:
+    """A run from plain data. What is wrong is a `ConfigError` of one line."""
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise invalid(source, error, fields_at(error)) from error
+
+
+def fields_at(error: ValidationError) -> list[str]:
+    """The fields that are known where the first fault stands."""
+    model: type[BaseModel] = RunConfig
+    for part in error.errors(include_url=False)[0]["loc"][:-1]:
+        info = model.model_fields.get(str(part))
+        inner = [kind for kind in _models(info.annotation)] if info else []
+        if not inner:
+            return []
+        model = inner[0]
+    return sorted(model.model_fields)
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    kinds = [annotation, *get_args(annotation)]
+    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
 
 
 Kind = Literal["rubric", "judge", "run"]
