@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from grape.cases import check
     from grape.checkers import Finding, checker, from_row, load_checkers
-    from grape.config import schema
     from grape.errors import ConfigError, GrapeError, JudgeError, LogError, SandboxError
     from grape.formats import convert
     from grape.judge.config import Judge, load_judge
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from grape.log.query import sql
     from grape.reward import advantage, item_credit, item_terms, mean_confidence, rubric_reward
     from grape.rubric import Rubric, load_rubric
+    from grape.schemas import schema
     from grape.scoring import score
     from grape.starter import init
     from grape.tour import quickstart
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _HOME = {
     "cases": ("check",),
     "checkers": ("Finding", "checker", "from_row", "load_checkers"),
-    "config": ("schema",),
     "errors": ("ConfigError", "GrapeError", "JudgeError", "LogError", "SandboxError"),
     "formats": ("convert",),
     "judge.config": ("Judge", "load_judge"),
@@ -36,6 +35,7 @@ _HOME = {
     "log.query": ("sql",),
     "reward": ("advantage", "item_credit", "item_terms", "mean_confidence", "rubric_reward"),
     "rubric": ("Rubric", "load_rubric"),
+    "schemas": ("schema",),
     "scoring": ("score",),
     "starter": ("init",),
     "tour": ("quickstart",),

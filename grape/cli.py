@@ -19,9 +19,9 @@ import click
 from grape.errors import ConfigError, GrapeError, known
 
 if TYPE_CHECKING:
-    from grape.config import Kind
     from grape.log.query import Format
     from grape.sandbox import Sandbox
+    from grape.schemas import Kind
 
 T = TypeVar("T")
 FILE = click.Path(path_type=Path)
@@ -189,7 +189,7 @@ def check(
 @click.argument("kind", type=click.Choice(["rubric", "judge", "run"]))
 def schema(kind: Kind) -> None:
     """Print the JSON Schema of a KIND of file, for editors."""
-    from grape.config import schema
+    from grape.schemas import schema
 
     click.echo(json.dumps(schema(kind), indent=2))
 

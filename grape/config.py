@@ -90,7 +90,7 @@ class SamplingConfig(Strict):
 class ImproveConfig(Strict):
     """The improve route: responses made from a previous response and its critiques.
 
-    ``share`` of every group, or each member with ``probability``. ``source`` is the question's last group in the log, or
+    ``share`` of every group, or each member with ``probability``. ``source`` is the question's last group in the log or
     the fresh members of the same step. ``context`` canonical trains on the question alone, behaviour on what was seen.
     ``baseline`` False leaves these members out of the group mean, ``negative`` False masks their negative advantages.
     ``controls`` is the share of them that sees a sibling question's critique, and again the share that sees none.
@@ -114,7 +114,7 @@ class ImproveConfig(Strict):
 
 
 class SftConfig(Strict):
-    """A given answer as one member of each group: the text in the question's ``field``; trained on, or baseline only."""
+    """A given answer as one member of each group: the text in the question's ``field``; trained on or baseline only."""
 
     field: str
     use: Literal["train", "baseline"] = "train"
@@ -123,8 +123,8 @@ class SftConfig(Strict):
 class TruncationConfig(Strict):
     """What becomes of a response cut at ``max_tokens``; it is judged only with ``keep``.
 
-    mask: out of the loss, and unscorable; penalty: its reward is ``penalty``; soft: DAPO's overlong penalty, a line from
-    0 to -1 over the last ``buffer`` tokens, on every response, and -1 for one that is cut.
+    mask: out of the loss, and unscorable; penalty: its reward is ``penalty``; soft: DAPO's overlong penalty, a line
+    from 0 to -1 over the last ``buffer`` tokens, on every response, and -1 for one that is cut.
     """
 
     how: Literal["mask", "penalty", "soft", "keep"] = "mask"
@@ -285,7 +285,7 @@ def fields_at(error: ValidationError) -> list[str]:
     model: type[BaseModel] = RunConfig
     for part in error.errors(include_url=False)[0]["loc"][:-1]:
         info = model.model_fields.get(str(part))
-        inner = [kind for kind in _models(info.annotation)] if info else []
+        inner = _models(info.annotation) if info else []
         if not inner:
             return []
         model = inner[0]
@@ -295,21 +295,3 @@ def fields_at(error: ValidationError) -> list[str]:
 def _models(annotation: Any) -> list[type[BaseModel]]:
     kinds = [annotation, *get_args(annotation)]
     return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-
-
-Kind = Literal["rubric", "judge", "run"]
-
-
-def schema(kind: Kind) -> dict[str, Any]:
-    """The JSON Schema of a file, by which editors complete and check it."""
-    from grape.judge.config import Judge
-    from grape.rubric import Rubric
-
-    models: dict[str, type[BaseModel]] = {"rubric": Rubric, "judge": Judge, "run": RunConfig}
-    if kind not in models:
-        raise ValueError(f"kind must be rubric, judge or run, not {kind!r}")
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": f"grape {kind}",
-        **{key: value for key, value in models[kind].model_json_schema(by_alias=True).items() if key != "title"},
-    }

@@ -14,6 +14,10 @@ PACKAGE = Path(grape.__file__).parent
 LAYERS = [
     {"errors", "types", "reward"},
     {"resources", "scale", "sandbox"},
+    {"config", "chat", "kl"},
+    {"adapters", "loss"},
+    {"policy", "value"},
+    {"rollout"},
     {"checkers", "log"},
     {"item"},
     {"rubric", "rows", "judge"},
@@ -21,10 +25,7 @@ LAYERS = [
     {"batch"},
     {"panel", "records"},
     {"run"},
-    {"scoring", "config", "report", "starter"},
-    {"adapters", "chat", "kl"},
-    {"policy", "loss"},
-    {"rollout", "value"},
+    {"scoring", "schemas", "report", "starter"},
     {"cases", "tour"},
     {"cli"},
 ]

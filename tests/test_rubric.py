@@ -7,12 +7,12 @@ import json
 import jsonschema
 import pytest
 
-from grape.config import schema
 from grape.errors import ConfigError
 from grape.item import Item, applies_to, flatten, weights
 from grape.resources import names, read_yaml
 from grape.rubric import load_rubric, load_rubrics, parse_rubric
 from grape.scale import parse_scale
+from grape.schemas import schema
 from grape.types import Question
 
 BASE = """
