@@ -278,6 +278,42 @@ def test_a_log_of_an_older_schema_is_brought_up_to_date_with_its_rows(path, monk
         assert log.query("SELECT count(*) FROM item_health") == [(0,)]
 
 
+def test_a_log_of_the_first_schema_keeps_its_rows_and_gets_every_column_with_its_comment(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(database, "MIGRATIONS", MIGRATIONS[:1])
+    monkeypatch.setattr(database, "VIEWS", "")
+    with Log(path) as log:
+        log.append(
+            responses=[{"run": "old", "response_id": "a", "route": "given"}],
+            rewards=[{"run": "old", "response_id": "a", "reward": 0.5, "credit": {"x": 0.25}}],
+            judge_calls=[{"run": "old", "call": "k"}],
+        )
+        assert log.query("SELECT schema_version FROM meta") == [(1,)]
+        with pytest.raises(LogError, match="responses has no column 'control'"):
+            log.append(responses=[{"control": "own"}])
+    monkeypatch.undo()
+    with Log(path) as log:
+        log.append(
+            responses=[{"run": "new", "control": "own", "logprob_sampled": -3.5, "logprob_trained": -4.25}],
+            rewards=[{"run": "new", "penalty": -0.5, "in_baseline": False, "trained": True}],
+            judge_calls=[{"run": "new", "confidence": 0.75}],
+        )
+        columns = "run, response_id, route, control, logprob_sampled, logprob_trained"
+        assert log.query(f"SELECT {columns} FROM responses ORDER BY run DESC") == [
+            ("old", "a", "given", None, None, None),
+            ("new", None, None, "own", -3.5, -4.25),
+        ]
+        assert log.query("SELECT reward, credit, penalty, in_baseline, trained FROM rewards ORDER BY run DESC") == [
+            (0.5, {"x": 0.25}, None, None, None),
+            (None, None, -0.5, False, True),
+        ]
+        assert log.query("SELECT call, confidence FROM judge_calls ORDER BY run DESC") == [("k", None), (None, 0.75)]
+        dictionary = 'SELECT name, "column", type, comment FROM dictionary ORDER BY ALL'
+        migrated = log.query(dictionary)
+        assert log.query("SELECT schema_version FROM meta") == [(len(MIGRATIONS),)]
+    with Log(tmp_path / "fresh.duckdb") as log:
+        assert log.query(dictionary) == migrated
+
+
 def test_a_migration_that_fails_changes_nothing(path, monkeypatch):
     Log(path).close()
     monkeypatch.setattr(

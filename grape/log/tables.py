@@ -140,6 +140,17 @@ spools: Bookkeeping: pieces of the write-ahead spool whose rows are in the table
   segment          VARCHAR                the piece's file name
 """
 
+# Columns that came later: `table.column  TYPE  comment`. Rows of before hold NULL in them.
+SECOND = """
+responses.control            VARCHAR  the assessment that an improvement saw: own, shuffled (another response's) or none
+responses.logprob_sampled    DOUBLE   sum of its tokens' log-probabilities as drawn, in the context it was drawn in
+responses.logprob_trained    DOUBLE   the same of the policy before the update, in the context that is trained
+rewards.penalty              DOUBLE   what was added to the reward before the baseline, for its length or truncation
+rewards.in_baseline          BOOLEAN  whether it counts in the mean and spread of its group
+rewards.trained              BOOLEAN  whether the optimizer took it; it counts in the loss's denominators either way
+judge_calls.confidence       DOUBLE   of the score in the reply, by its tokens' probabilities; NULL where not asked for
+"""
+
 BOOKKEEPING = ("meta", "spools")
 LINE = re.compile(r"(?P<indent>  )?(?P<name>\w+)(?::| {2,}(?P<type>\S.*?) {2,}) *(?P<comment>\S.*)")
 
@@ -167,4 +178,15 @@ def create(text: str) -> str:
     return ";\n".join([*script, ""])
 
 
-MIGRATIONS: tuple[str, ...] = (create(FIRST),)
+def extend(text: str) -> str:
+    """The SQL that adds the columns of such a text to tables that are there, with their comments."""
+    script = []
+    for line in filter(None, text.splitlines()):
+        place, type_, comment = re.split(r" {2,}", line, maxsplit=2)
+        table, name = place.split(".")
+        script.append(f"ALTER TABLE {table} ADD COLUMN {name} {type_}")
+        script.append(f"COMMENT ON COLUMN {table}.{name} IS {quote(comment)}")
+    return ";\n".join([*script, ""])
+
+
+MIGRATIONS: tuple[str, ...] = (create(FIRST), extend(SECOND))
