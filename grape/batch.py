@@ -22,16 +22,25 @@ from grape.reward import (
     item_terms,
     mean_confidence,
 )
-from grape.types import Response, Verdict
+from grape.types import Outcome, Response, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """A response with its verdicts: one for each leaf of its plan."""
+    """A response with its verdicts: one for each leaf of its plan.
+
+    ``cut`` says why it was not judged at all. It then has no vote anywhere, and its reward is ``cut_reward``, set as a
+    failed gate sets one; without that it is unscorable.
+    """
 
     response: Response
     plan: Plan
     verdicts: Mapping[str, Verdict]
+    cut: str | None = None
+    cut_reward: float | None = None
+
+    def __post_init__(self) -> None:
+        assert self.cut is not None or self.cut_reward is None, "only a response that was not judged has its reward set"
 
     def gate(self) -> Item | None:
         """The first item, in the rubric's order, whose gate this response failed. A failed verdict does not gate."""
@@ -43,7 +52,9 @@ class Settled:
     """What a response got, and from what. ``reward`` is None where unscorable, with the reason.
 
     By item: ``credit`` is its part of the advantage, ``confidence`` the mean confidence that was used, and ``imputed``
-    the score (before polarity) that stood in for a failed verdict's.
+    the score (before polarity) that stood in for a failed verdict's. ``reward`` is the rubric's own: ``penalty`` is
+    what was added to it before the baseline, and its parts stand in ``credit`` under "+" and their names
+    ("+cut": a reward that was set unjudged). ``in_baseline`` says whether the others of its group were compared with it.
     """
 
     reward: float | None
@@ -55,6 +66,16 @@ class Settled:
     imputed: Mapping[str, float]
     gate: str | None
     unscorable: str | None
+    penalty: float = 0.0
+    in_baseline: bool = True
+
+
+def not_judged(plan: Plan, response: Response, why: str, reward: float | None = None) -> Judged:
+    """A response that no checker or judge is to see: its reward is set, or it is unscorable."""
+    verdicts = {leaf.id: Verdict(item=leaf.id, outcome=Outcome.NOT_APPLICABLE, attempts=0) for leaf in plan.leaves}
+    for item in plan.applicable:
+        verdicts[item.id] = Verdict(item=item.id, outcome=Outcome.SKIPPED, detail=why, attempts=0)
+    return Judged(response=response, plan=plan, verdicts=verdicts, cut=why, cut_reward=reward)
 
 
 def fails_gate(item: Item, verdict: Verdict) -> bool:
@@ -69,7 +90,8 @@ class Cells:
     """A batch as arrays of S responses by J slots; a slot is a place among the leaves of the response's own plan.
 
     All members of a group share one plan, so within a group a slot is one item. Mean confidences cross groups and are
-    therefore taken by item id, once, before; the reward then averages equal numbers.
+    therefore taken by item id, once, before; the reward then averages equal numbers. ``cut`` is the reward of a
+    response that was not judged, whose cells are all as if they did not apply, and NaN elsewhere.
     """
 
     score: Floats
@@ -78,6 +100,7 @@ class Cells:
     valid: Bools
     undesirable: Bools
     gate: Floats
+    cut: Floats
     group: NDArray[np.object_]
     formula: NDArray[np.object_]
 
@@ -88,7 +111,10 @@ class Cells:
         shape = (len(batch), max(1, *(len(judged.plan.leaves) for judged in batch)))
         score, confidence, gate = np.full(shape, np.nan), np.full(shape, np.nan), np.full(shape, np.nan)
         weight, valid, undesirable = np.zeros(shape), np.zeros(shape, bool), np.zeros(shape, bool)
+        cut = np.array([np.nan if judged.cut_reward is None else judged.cut_reward for judged in batch])
         for i, judged in enumerate(batch):
+            if judged.cut is not None:
+                continue
             gated = judged.gate()
             for j, item in enumerate(judged.plan.leaves):
                 verdict = judged.verdicts[item.id]
@@ -110,7 +136,7 @@ class Cells:
         formulas = np.array([judged.plan.rubric.formula for judged in batch], dtype=object)
         return Cells(
             score=score, confidence=confidence, weight=weight, valid=valid, undesirable=undesirable, gate=gate,
-            group=groups, formula=formulas,
+            cut=cut, group=groups, formula=formulas,
         )  # fmt: skip
 
     def terms(self, formula: Formula | None, max_missing: float) -> Floats:
@@ -123,6 +149,10 @@ class Cells:
             if rows.any():
                 terms[rows] = self._terms(name, rows, max_missing)
         return terms
+
+    def sums(self, terms: Floats) -> Floats:
+        """The rewards: the sums of their terms, or what was set."""
+        return np.where(np.isnan(self.cut), terms.sum(axis=1), self.cut)
 
     def _terms(self, formula: Formula, rows: Bools, max_missing: float) -> Floats:
         return item_terms(
@@ -154,44 +184,94 @@ def _mean_confidences(batch: Sequence[Judged], confidence: Floats, valid: Bools)
 
 
 def settle(
-    batch: Sequence[Judged], *, baseline: Baseline = "group_mean", scale: Scale = "none", max_missing: float = 0.5
+    batch: Sequence[Judged],
+    *,
+    baseline: Baseline = "group_mean",
+    scale: Scale = "none",
+    max_missing: float = 0.5,
+    groups: Sequence[str] | None = None,
+    counts: Sequence[bool] | None = None,
+    extra: Mapping[str, Sequence[float]] | None = None,
 ) -> list[Settled]:
-    """Rewards by each category's formula and advantages within each question's group, in the order of ``batch``.
+    """Rewards by each category's formula and advantages within each group, in the order of ``batch``.
 
-    Mean confidences are taken over the whole batch (decision A2).
+    Mean confidences are taken over the whole batch (decision A2), stand-ins from the question's responses. ``groups``
+    are the ids of the baseline groups, by default the questions; a group's members answer one question. ``counts``
+    says who makes the baseline (see `grape.reward.advantage`). ``extra`` are terms by name that are added to a reward
+    before its baseline, a set one, too; an unscorable response stays so.
     """
     cells = Cells.of(batch)
+    group = cells.group if groups is None else _baseline_groups(batch, groups)
+    counted = np.ones(len(batch), dtype=bool) if counts is None else np.asarray(counts, dtype=bool)
     terms = cells.terms(None, max_missing)
-    reward = terms.sum(axis=1)
-    normalized = cells.terms("normalized", max_missing).sum(axis=1)
-    weighted = cells.terms("weighted", max_missing).sum(axis=1)
-    relative = advantage(reward, cells.group, baseline=baseline, scale=scale)
-    credit = item_credit(terms, reward, cells.group, baseline=baseline, scale=scale)
-    scorable = ~np.isnan(reward)[:, None]
-    filled = impute(cells.score, cells.valid & (cells.weight > 0) & scorable, cells.group)
-    settled = []
-    for i, judged in enumerate(batch):
-        slots = [(j, item) for j, item in enumerate(judged.plan.leaves) if cells.weight[i, j] > 0]
-        gate = judged.gate()
-        stands_in = scorable[i, 0] and gate is None
-        settled.append(
-            Settled(
-                reward=_number(reward[i]),
-                normalized=_number(normalized[i]),
-                weighted=_number(weighted[i]),
-                advantage=float(relative[i]),
-                credit={item.id: float(credit[i, j]) for j, item in slots},
-                confidence={item.id: float(cells.confidence[i, j]) for j, item in slots},
-                imputed={
-                    item.id: float(filled[i, j])
-                    for j, item in slots
-                    if stands_in and judged.verdicts[item.id].score is None and not np.isnan(filled[i, j])
-                },
-                gate=gate.id if gate else None,
-                unscorable=None if scorable[i, 0] else _reason(judged),
-            )
+    reward = cells.sums(terms)
+    normalized = cells.sums(cells.terms("normalized", max_missing))
+    weighted = cells.sums(cells.terms("weighted", max_missing))
+    added = _added(len(batch), extra or {})
+    penalty = np.sum(list(added.values()), axis=0) if added else np.zeros(len(batch))
+    if not np.isnan(cells.cut).all():
+        added["+cut"] = np.nan_to_num(cells.cut)
+    parts = np.column_stack([np.where(np.isnan(cells.cut)[:, None], terms, 0.0), *added.values()])
+    total = reward + penalty
+    relative = advantage(total, group, baseline=baseline, scale=scale, counts_S=counted)
+    credit = item_credit(parts, total, group, baseline=baseline, scale=scale, counts_S=counted)
+    imputed = _stand_ins(batch, cells, ~np.isnan(reward))
+    gates = [judged.gate() for judged in batch]
+    return [
+        Settled(
+            reward=_number(reward[i]),
+            normalized=_number(normalized[i]),
+            weighted=_number(weighted[i]),
+            advantage=float(relative[i]),
+            credit=_by_item(judged.plan, credit[i])
+            | dict(zip(added, credit[i, terms.shape[1] :].tolist(), strict=True)),
+            confidence=_by_item(judged.plan, cells.confidence[i]),
+            imputed=imputed[i],
+            gate=gate.id if gate else None,
+            unscorable=_reason(judged) if np.isnan(reward[i]) else None,
+            penalty=float(penalty[i]),
+            in_baseline=bool(counted[i] and not np.isnan(reward[i])),
         )
-    return settled
+        for i, (judged, gate) in enumerate(zip(batch, gates, strict=True))
+    ]
+
+
+def _baseline_groups(batch: Sequence[Judged], groups: Sequence[str]) -> NDArray[np.object_]:
+    """The ids as an array: a slot is one item within a group only if all its members share a plan."""
+    question: dict[str, str] = {}
+    for judged, group in zip(batch, groups, strict=True):
+        asked = judged.plan.question.question_id
+        assert question.setdefault(group, asked) == asked, f"group {group!r} mixes questions"
+    return np.array(groups, dtype=object)
+
+
+def _added(number: int, extra: Mapping[str, Sequence[float]]) -> dict[str, Floats]:
+    """The terms that no item gave, by their names in `Settled.credit`."""
+    added = {f"+{name}": np.asarray(values, dtype=np.float64) for name, values in extra.items()}
+    for name, values in added.items():
+        if values.shape != (number,) or not np.isfinite(values).all() or name == "+cut":
+            raise ValueError(f"extra {name[1:]!r}: one finite number a response is needed, and a name other than cut")
+    return added
+
+
+def _stand_ins(batch: Sequence[Judged], cells: Cells, scorable: Bools) -> list[dict[str, float]]:
+    """By item, what stood in for each response's failed verdicts; nothing does where a reward was set."""
+    filled = impute(cells.score, cells.valid & (cells.weight > 0) & scorable[:, None], cells.group)
+    return [
+        {
+            item.id: float(filled[i, j])
+            for j, item in enumerate(judged.plan.leaves)
+            if cells.weight[i, j] > 0 and judged.verdicts[item.id].score is None and not np.isnan(filled[i, j])
+        }
+        if scorable[i] and judged.gate() is None
+        else {}
+        for i, judged in enumerate(batch)
+    ]
+
+
+def _by_item(plan: Plan, values: Floats) -> dict[str, float]:
+    """A row's slots as numbers by item, where the item applies."""
+    return {leaf.id: float(values[j]) for j, leaf in enumerate(plan.leaves) if plan.weight[leaf.id] > 0}
 
 
 def _number(value: np.float64) -> float | None:
@@ -200,6 +280,8 @@ def _number(value: np.float64) -> float | None:
 
 def _reason(judged: Judged) -> str:
     """Why a response has no reward."""
+    if judged.cut is not None:
+        return judged.cut
     if not judged.plan.applicable:
         return "no item applies"
     if (item := dropping(judged)) is not None:

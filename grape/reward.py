@@ -149,7 +149,12 @@ def rubric_reward(
 
 
 def advantage(
-    reward_S: ArrayLike, group_S: ArrayLike, *, baseline: Baseline = "group_mean", scale: Scale = "none"
+    reward_S: ArrayLike,
+    group_S: ArrayLike,
+    *,
+    baseline: Baseline = "group_mean",
+    scale: Scale = "none",
+    counts_S: ArrayLike | None = None,
 ) -> Floats:
     """How much better each response is than its group. An unscorable (NaN) one is as if absent, and gets 0.
 
@@ -159,9 +164,13 @@ def advantage(
 
     ``group_std`` divides by the group's standard deviation (n - 1) + 1e-4, ``batch_std`` by that of all rewards.
     A group of equal rewards, or of fewer than two, gets exactly 0 (with a baseline, or scaled by its own spread).
+
+    A member whose ``counts_S`` is False is compared and not compared with: no mean or spread knows it, and it gets
+    R less the mean of the group's members that count (with leave_one_out, too), over their spread. It is 0 where none
+    counts, where the group is of equal rewards with it, and, scaled by the group's spread, where there is no spread.
     """
     reward = np.asarray(reward_S, dtype=np.float64)
-    return _relative(reward[:, None], reward, group_S, baseline, scale)[:, 0]
+    return _relative(reward[:, None], reward, group_S, baseline, scale, counts_S)[:, 0]
 
 
 def item_credit(
@@ -171,13 +180,22 @@ def item_credit(
     *,
     baseline: Baseline = "group_mean",
     scale: Scale = "none",
+    counts_S: ArrayLike | None = None,
 ) -> Floats:
     """Each item's part of the advantage: `advantage` is linear in the terms, so the rows sum to it."""
-    return _relative(np.asarray(term_SJ, dtype=np.float64), np.asarray(reward_S, np.float64), group_S, baseline, scale)
+    terms = np.asarray(term_SJ, dtype=np.float64)
+    return _relative(terms, np.asarray(reward_S, dtype=np.float64), group_S, baseline, scale, counts_S)
 
 
-def _relative(value_SJ: Floats, reward_S: Floats, group_S: ArrayLike, baseline: Baseline, scale: Scale) -> Floats:
-    """``value_SJ`` less its mean over the scorable members of the row's group, over the spread of the rewards."""
+def _relative(
+    value_SJ: Floats,
+    reward_S: Floats,
+    group_S: ArrayLike,
+    baseline: Baseline,
+    scale: Scale,
+    counts_S: ArrayLike | None,
+) -> Floats:
+    """``value_SJ`` less its mean over the scorable members of the row's group that count, over their spread."""
     if baseline not in ("group_mean", "leave_one_out", "none"):
         raise ValueError(f"baseline must be group_mean, leave_one_out or none, not {baseline!r}")
     if scale not in ("none", "group_std", "batch_std"):
@@ -185,27 +203,32 @@ def _relative(value_SJ: Floats, reward_S: Floats, group_S: ArrayLike, baseline: 
     if np.isinf(reward_S).any():
         raise ValueError("a reward must be finite, or NaN where the response is unscorable")
     scorable = ~np.isnan(reward_S)[:, None]
+    votes = scorable if counts_S is None else scorable & np.asarray(counts_S, dtype=bool)[:, None]
     value = np.where(scorable, value_SJ, 0.0)
-    sums, counts, index = _by_id(value, scorable, group_S)
+    sums, counts, index = _by_id(np.where(votes, value, 0.0), votes, group_S)
     number = counts[index]
     rewards = np.where(scorable[:, 0], reward_S, 0.0)[:, None]
-    mean = _divide(_by_id(rewards, scorable, group_S)[0], counts)[index]
+    mean = _divide(_by_id(np.where(votes, rewards, 0.0), votes, group_S)[0], counts)[index]
     deviation = np.where(scorable, rewards - mean, 0.0)
+    voting = np.where(votes, deviation, 0.0)
     spread = np.zeros(len(sums))
-    np.maximum.at(spread, index, np.abs(deviation[:, 0]))
-    dead = spread[index][:, None] <= TIE * np.maximum(1.0, np.abs(mean))
+    np.maximum.at(spread, index, np.abs(voting[:, 0]))
+    distance = spread[index][:, None]
+    if scale != "group_std":  # one that does not count may differ from a group of equal rewards
+        distance = np.maximum(distance, np.abs(deviation))
+    alive = distance > TIE * np.maximum(1.0, np.abs(mean))  # NaN > NaN is false: nothing to compare with
 
     if baseline != "none":
         value = value - _divide(sums, counts)[index]
     if baseline == "leave_one_out":
-        value = value * _divide(number, number - 1.0)
+        value = np.where(votes, value * _divide(number, number - 1.0), value)
     if scale == "group_std":
-        squares = _by_id(deviation**2, scorable, group_S)[0][index]
+        squares = _by_id(voting**2, votes, group_S)[0][index]
         value = value / (np.sqrt(_divide(squares, number - 1.0)) + STD_EPSILON)
     if scale == "batch_std":
-        value = value / (np.std(reward_S[scorable[:, 0]], ddof=1) + STD_EPSILON if scorable.sum() > 1 else 1.0)
+        value = value / (np.std(reward_S[votes[:, 0]], ddof=1) + STD_EPSILON if votes.sum() > 1 else 1.0)
     relative = baseline != "none" or scale == "group_std"
-    return np.where(scorable & ~(dead & relative), value, 0.0)
+    return np.where(scorable & (alive | (not relative)), value, 0.0)
 
 
 def _by_id(value_SJ: Floats, counted_SJ: Bools, id_S: ArrayLike) -> tuple[Floats, Floats, NDArray[np.intp]]:
