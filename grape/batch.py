@@ -54,7 +54,7 @@ class Settled:
     By item: ``credit`` is its part of the advantage, ``confidence`` the mean confidence that was used, and ``imputed``
     the score (before polarity) that stood in for a failed verdict's. ``reward`` is the rubric's own: ``penalty`` is
     what was added to it before the baseline, and its parts stand in ``credit`` under "+" and their names
-    ("+cut": a reward that was set unjudged). ``in_baseline`` says whether the others of its group were compared with it.
+    ("+cut": a reward that was set unjudged). ``in_baseline`` says whether its group was compared with it.
     """
 
     reward: float | None
@@ -207,16 +207,12 @@ def settle(
     reward = cells.sums(terms)
     normalized = cells.sums(cells.terms("normalized", max_missing))
     weighted = cells.sums(cells.terms("weighted", max_missing))
-    added = _added(len(batch), extra or {})
-    penalty = np.sum(list(added.values()), axis=0) if added else np.zeros(len(batch))
-    if not np.isnan(cells.cut).all():
-        added["+cut"] = np.nan_to_num(cells.cut)
+    added, penalty = _added(cells, extra or {})
     parts = np.column_stack([np.where(np.isnan(cells.cut)[:, None], terms, 0.0), *added.values()])
     total = reward + penalty
     relative = advantage(total, group, baseline=baseline, scale=scale, counts_S=counted)
     credit = item_credit(parts, total, group, baseline=baseline, scale=scale, counts_S=counted)
     imputed = _stand_ins(batch, cells, ~np.isnan(reward))
-    gates = [judged.gate() for judged in batch]
     return [
         Settled(
             reward=_number(reward[i]),
@@ -227,12 +223,12 @@ def settle(
             | dict(zip(added, credit[i, terms.shape[1] :].tolist(), strict=True)),
             confidence=_by_item(judged.plan, cells.confidence[i]),
             imputed=imputed[i],
-            gate=gate.id if gate else None,
+            gate=gate.id if (gate := judged.gate()) else None,
             unscorable=_reason(judged) if np.isnan(reward[i]) else None,
             penalty=float(penalty[i]),
             in_baseline=bool(counted[i] and not np.isnan(reward[i])),
         )
-        for i, (judged, gate) in enumerate(zip(batch, gates, strict=True))
+        for i, judged in enumerate(batch)
     ]
 
 
@@ -245,13 +241,16 @@ def _baseline_groups(batch: Sequence[Judged], groups: Sequence[str]) -> NDArray[
     return np.array(groups, dtype=object)
 
 
-def _added(number: int, extra: Mapping[str, Sequence[float]]) -> dict[str, Floats]:
-    """The terms that no item gave, by their names in `Settled.credit`."""
+def _added(cells: Cells, extra: Mapping[str, Sequence[float]]) -> tuple[dict[str, Floats], Floats]:
+    """The terms that no item gave, by their names in `Settled.credit`, and the sum of the ``extra`` ones."""
     added = {f"+{name}": np.asarray(values, dtype=np.float64) for name, values in extra.items()}
     for name, values in added.items():
-        if values.shape != (number,) or not np.isfinite(values).all() or name == "+cut":
+        if values.shape != cells.cut.shape or not np.isfinite(values).all() or name == "+cut":
             raise ValueError(f"extra {name[1:]!r}: one finite number a response is needed, and a name other than cut")
-    return added
+    penalty = np.sum([np.zeros_like(cells.cut), *added.values()], axis=0)
+    if not np.isnan(cells.cut).all():
+        added["+cut"] = np.nan_to_num(cells.cut)
+    return added, penalty
 
 
 def _stand_ins(batch: Sequence[Judged], cells: Cells, scorable: Bools) -> list[dict[str, float]]:
