@@ -1,8 +1,9 @@
-"""A question as the tokens of a prompt, by the tokenizer's chat template."""
+"""A chat as tokens, by the tokenizer's template: the prompt of a question, or a judge's messages."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -14,52 +15,69 @@ from grape.types import Message, Question
 def prompt_ids(tokenizer: Any, question: Question, system: str | None = None) -> list[int]:
     """The token ids of a question, up to where the response begins.
 
-    ``system`` (the prompt of the category) precedes a chat's own system message. A template that refuses a system
-    message gets it at the head of the first user message. A tokenizer without a template gets a question verbatim,
-    after ``system`` and an empty line; the turns of a chat as "User: ..." and "Assistant: ...", the last one left open.
-    Control tokens spelled out in a text are broken up: a text is data and cannot close its turn.
+    ``system`` (the prompt of the category) precedes a chat's own system message.
     """
-    where = f"question {question.question_id!r}"
-    turns: list[Message]
-    turns = [{"role": "user", "content": question.text}] if isinstance(question.text, str) else list(question.text)
+    where, turns = f"question {question.question_id!r}", turns_of(question)
     if turns and turns[0]["role"] == "system":
         system, turns = "\n\n".join(text for text in (system, turns[0]["content"]) if text), turns[1:]
-    turns = [{**turn, "content": harmless(tokenizer, turn["content"], where)} for turn in turns]
-    head: list[Message] = [{"role": "system", "content": harmless(tokenizer, system, where)}] if system else []
     if not turns or turns[-1]["role"] == "assistant":
         raise ConfigError(f"{where}: a prompt ends with a turn to respond to")
-    if not tokenizer.chat_template:
-        ids = tokenizer(plain(head, turns))["input_ids"]
-        ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+    head: list[Message] = [{"role": "system", "content": system}] if system else []
+    return chat_ids(tokenizer, head + turns, where)
+
+
+def turns_of(question: Question) -> list[Message]:
+    """The messages of a question."""
+    return [{"role": "user", "content": question.text}] if isinstance(question.text, str) else list(question.text)
+
+
+def chat_ids(tokenizer: Any, messages: Sequence[Message], where: str, *, complete: bool = False) -> list[int]:
+    """The token ids of a chat, up to where the next response begins; with ``complete``, up to its end.
+
+    A template that refuses a system message gets it at the head of the first user message. A tokenizer without a
+    template gets a question verbatim, after the system message and an empty line (and before its response, where there
+    is one); the turns of a longer chat as "User: ..." and "Assistant: ...", the last one left open. Control tokens
+    spelled out in a text are broken up: a text is data and cannot close its turn.
+    """
+    messages = [{**message, "content": harmless(tokenizer, message["content"], where)} for message in messages]
+    if tokenizer.chat_template:
+        ids = tokenizer(templated(tokenizer, messages, where, complete), add_special_tokens=False)["input_ids"]
     else:
-        try:
-            text = render(tokenizer, head + turns)
-        except TemplateError as error:
-            if not head or turns[0]["role"] != "user":
-                raise ConfigError(f"{where}: the chat template refuses it: {one_line(error)}") from error
-            first: Message = {**turns[0], "content": f"{head[0]['content']}\n\n{turns[0]['content']}"}
-            try:
-                text = render(tokenizer, [first, *turns[1:]])
-            except TemplateError as second:
-                raise ConfigError(f"{where}: the chat template refuses it: {one_line(second)}") from second
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = tokenizer(plain(messages, complete))["input_ids"]
+        ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id and not complete else ids
     if not ids:
         raise ConfigError(f"{where}: its prompt has no tokens")
     return list(ids)
 
 
-def render(tokenizer: Any, messages: list[Message]) -> str:
-    """The text of a chat by the tokenizer's own template, with the head of the response to come."""
-    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+def templated(tokenizer: Any, messages: list[Message], where: str, complete: bool) -> str:
+    """The text of a chat by the tokenizer's own template."""
+    try:
+        return render(tokenizer, messages, complete)
+    except TemplateError as error:
+        if messages[0]["role"] != "system" or len(messages) < 2 or messages[1]["role"] != "user":
+            raise ConfigError(f"{where}: the chat template refuses it: {one_line(error)}") from error
+    head, first, *rest = messages
+    joined: Message = {**first, "content": f"{head['content']}\n\n{first['content']}"}
+    try:
+        return render(tokenizer, [joined, *rest], complete)
+    except TemplateError as error:
+        raise ConfigError(f"{where}: the chat template refuses it: {one_line(error)}") from error
 
 
-def plain(head: list[Message], turns: list[Message]) -> str:
+def render(tokenizer: Any, messages: list[Message], complete: bool) -> str:
+    """One attempt at a template; where the chat is not ``complete``, with the head of the response to come."""
+    return str(tokenizer.apply_chat_template(messages, add_generation_prompt=not complete, tokenize=False))
+
+
+def plain(messages: list[Message], complete: bool) -> str:
     """The text of a chat for a tokenizer without a template."""
-    if len(turns) == 1:
-        return "\n\n".join(message["content"] for message in head + turns)
-    lines = [message["content"] for message in head]
-    lines += [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
-    return "\n\n".join([*lines, "Assistant:"])
+    number = int(messages[0]["role"] == "system")
+    head, turns = [message["content"] for message in messages[:number]], messages[number:]
+    if len(turns) == 1 + complete:
+        return "\n\n".join([*head, *(turn["content"] for turn in turns)])
+    lines = [f"{turn['role'].capitalize()}: {turn['content']}" for turn in turns]
+    return "\n\n".join([*head, *lines, *(() if complete else ("Assistant:",))])
 
 
 def harmless(tokenizer: Any, text: str, where: str) -> str:
