@@ -188,12 +188,7 @@ def item_credit(
 
 
 def _relative(
-    value_SJ: Floats,
-    reward_S: Floats,
-    group_S: ArrayLike,
-    baseline: Baseline,
-    scale: Scale,
-    counts_S: ArrayLike | None,
+    value_SJ: Floats, reward_S: Floats, group_S: ArrayLike, baseline: Baseline, scale: Scale, counts_S: ArrayLike | None
 ) -> Floats:
     """``value_SJ`` less its mean over the scorable members of the row's group that count, over their spread."""
     if baseline not in ("group_mean", "leave_one_out", "none"):
@@ -204,20 +199,19 @@ def _relative(
         raise ValueError("a reward must be finite, or NaN where the response is unscorable")
     scorable = ~np.isnan(reward_S)[:, None]
     votes = scorable if counts_S is None else scorable & np.asarray(counts_S, dtype=bool)[:, None]
-    value = np.where(scorable, value_SJ, 0.0)
-    sums, counts, index = _by_id(np.where(votes, value, 0.0), votes, group_S)
+    sums, counts, index = _by_id(np.where(votes, value_SJ, 0.0), votes, group_S)
     number = counts[index]
-    rewards = np.where(scorable[:, 0], reward_S, 0.0)[:, None]
-    mean = _divide(_by_id(np.where(votes, rewards, 0.0), votes, group_S)[0], counts)[index]
-    deviation = np.where(scorable, rewards - mean, 0.0)
+    mean = _divide(_by_id(np.where(votes, reward_S[:, None], 0.0), votes, group_S)[0], counts)[index]
+    deviation = reward_S[:, None] - mean  # NaN where unscorable, or where there is nothing to compare with
     voting = np.where(votes, deviation, 0.0)
     spread = np.zeros(len(sums))
     np.maximum.at(spread, index, np.abs(voting[:, 0]))
     distance = spread[index][:, None]
-    if scale != "group_std":  # one that does not count may differ from a group of equal rewards
+    if scale != "group_std":  # a member that does not count may differ from a group of equal rewards
         distance = np.maximum(distance, np.abs(deviation))
-    alive = distance > TIE * np.maximum(1.0, np.abs(mean))  # NaN > NaN is false: nothing to compare with
+    alive = distance > TIE * np.maximum(1.0, np.abs(mean))  # never where one of them is NaN
 
+    value = value_SJ
     if baseline != "none":
         value = value - _divide(sums, counts)[index]
     if baseline == "leave_one_out":

@@ -113,6 +113,50 @@ def golden_equal_rewards(m: ModuleType) -> None:
     close(m.advantage([-1e-9, 1e-9], [1, 1], scale="group_std"), np.array([-1e-5, 1e-5]), 1e-9)
 
 
+def golden_members_that_do_not_count(m: ModuleType) -> None:
+    """They are compared and not compared with: worked by hand, group 1 has mean 0.5 and variance 0.5 without them."""
+    reward, group, counts = [1, 0, 0.75, 3, 5], [1, 1, 1, 2, 2], [True, True, False, True, False]
+    close(m.advantage(reward, group, counts_S=counts), [0.5, -0.5, 0.25, 0, 2], 0)
+    close(m.advantage(reward, group, baseline="leave_one_out", counts_S=counts), [1, -1, 0.25, 0, 2], 0)
+    close(m.advantage(reward, group, baseline="none", counts_S=counts), reward, 0)
+    std = np.sqrt(0.5) + 1e-4
+    close(
+        m.advantage(reward, group, scale="group_std", counts_S=counts), np.array([0.5, -0.5, 0.25, 0, 0]) / std, 1e-12
+    )
+    got = m.advantage(reward, group, baseline="none", scale="group_std", counts_S=counts)
+    close(got, np.array([1, 0, 0.75, 0, 0]) / std, 1e-12)
+    std = np.std([1, 0, 3], ddof=1) + 1e-4
+    got = m.advantage(reward, group, scale="batch_std", counts_S=counts)
+    close(got, np.array([0.5, -0.5, 0.25, 0, 2]) / std, 1e-12)
+    got = m.advantage(reward, group, baseline="leave_one_out", scale="batch_std", counts_S=counts)
+    close(got, np.array([1, -1, 0.25, 0, 2]) / std, 1e-12)
+    terms = [[0.5, 0.5], [0, 0], [0.75, 0], [1, 2], [5, 0]]
+    credit = [[0.25, 0.25], [-0.25, -0.25], [0.5, -0.25], [0, 0], [4, -2]]
+    close(m.item_credit(terms, reward, group, counts_S=counts), credit, 0)
+
+
+def golden_nothing_to_compare_with(m: ModuleType) -> None:
+    """Exactly 0 where nobody counts, where those that count tie with the member, and where their spread has to scale."""
+    for baseline in ("group_mean", "leave_one_out"):
+        for scale in ("none", "group_std", "batch_std"):
+            how = {"baseline": baseline, "scale": scale}
+            assert m.advantage([1, 0, 2], [1, 1, 2], counts_S=[False] * 3, **how).tolist() == [0, 0, 0]
+            tie = m.advantage([0.3, 0.3, 0.1 + 0.2], [1, 1, 1], counts_S=[True, True, False], **how)
+            assert tie.tolist() == [0, 0, 0]
+            terms = [[0.3, 0], [0, 0.3], [0.1, 0.2]]
+            credit = m.item_credit(terms, [0.3, 0.3, 0.1 + 0.2], [1] * 3, counts_S=[True, True, False], **how)
+            assert credit.tolist() == [[0, 0]] * 3
+            unscorable = m.advantage([NAN, 0.5, NAN], [1, 1, 1], counts_S=[True, False, False], **how)
+            assert unscorable.tolist() == [0, 0, 0]
+        close(m.advantage([1, 1, 0.5], [1] * 3, baseline=baseline, counts_S=[True, True, False]), [0, 0, -0.5], 0)
+    assert m.advantage([1, 1, 0.5], [1] * 3, scale="group_std", counts_S=[1, 1, 0]).tolist() == [0, 0, 0]
+    assert m.advantage([1, 0.5], [1] * 2, baseline="none", scale="group_std", counts_S=[0, 0]).tolist() == [0, 0]
+    assert m.advantage([1, 0.5], [1] * 2, baseline="none", counts_S=[0, 0]).tolist() == [1, 0.5]
+    # the same mean as the group's, by other items: a sum of 0, and still a credit
+    credit = m.item_credit([[1, 0], [0, 0], [0, 0.5]], [1, 0, 0.5], [1] * 3, counts_S=[True, True, False])
+    close(credit, [[0.5, 0], [-0.5, 0], [-0.5, 0.5]], 0)
+
+
 def golden_credit(m: ModuleType) -> None:
     terms = m.item_terms(TAU, PHI, OMEGA, ALL, CATEGORY, GROUP)
     reward = terms.sum(axis=1)

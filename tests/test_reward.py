@@ -15,6 +15,8 @@ from grape.reward import advantage, item_credit, item_terms, mean_confidence, ru
 
 UNIT = st.floats(0, 1, width=32)
 POSITIVE = st.floats(0.015625, 1, width=32)
+BASELINES = st.sampled_from(["group_mean", "leave_one_out", "none"])
+SCALES = st.sampled_from(["none", "group_std", "batch_std"])
 
 
 @st.composite
@@ -128,8 +130,7 @@ def test_a_mean_confidence_is_one_number_for_a_category_and_item(batch):
                 assert np.isnan(phi[rows, j]).all()
 
 
-@given(batches(), st.sampled_from(["group_mean", "leave_one_out", "none"]),
-       st.sampled_from(["none", "group_std", "batch_std"]))  # fmt: skip
+@given(batches(), BASELINES, SCALES)
 @settings(max_examples=200)
 def test_credit_sums_to_the_advantage(batch, baseline, scale):
     terms = item_terms(*(batch[n] for n in ("score", "confidence", "weight", "valid", "category", "group")))
@@ -137,6 +138,49 @@ def test_credit_sums_to_the_advantage(batch, baseline, scale):
     credit = item_credit(terms, reward, batch["group"], baseline=baseline, scale=scale)
     wanted = advantage(reward, batch["group"], baseline=baseline, scale=scale)
     assert np.isfinite(wanted).all()
+    np.testing.assert_allclose(credit.sum(axis=1), wanted, atol=1e-7)
+
+
+@given(batches(), BASELINES, SCALES)
+def test_where_all_count_nothing_changes_by_a_bit(batch, baseline, scale):
+    reward, how = call(batch), {"baseline": baseline, "scale": scale}
+    plain = advantage(reward, batch["group"], **how)
+    np.testing.assert_array_equal(plain, advantage(reward, batch["group"], counts_S=np.ones(len(reward)), **how))
+    terms = item_terms(*(batch[n] for n in ("score", "confidence", "weight", "valid", "category", "group")))
+    np.testing.assert_array_equal(
+        item_credit(terms, reward, batch["group"], **how),
+        item_credit(terms, reward, batch["group"], counts_S=[True] * len(reward), **how),
+    )
+
+
+@given(batches(), BASELINES, SCALES, st.data())
+@settings(max_examples=200)
+def test_a_member_that_does_not_count_changes_nobody_else_by_a_bit(batch, baseline, scale, data):
+    reward, group, how = call(batch), batch["group"], {"baseline": baseline, "scale": scale}
+    counts = data.draw(arrays(bool, len(group), elements=st.booleans()))
+    got = advantage(reward, group, counts_S=counts, **how)
+    assert np.isfinite(got).all()
+    np.testing.assert_array_equal(got[counts], advantage(reward[counts], group[counts], **how))
+    for i in np.flatnonzero(~counts):
+        alone = counts.copy()
+        alone[i] = True  # the others that do not count are as if absent
+        with_one = advantage(reward[alone], group[alone], counts_S=counts[alone], **how)
+        assert with_one[alone[:i].sum()] == got[i]
+
+
+@given(batches(), SCALES, st.data())
+def test_a_member_that_does_not_count_gets_its_reward_less_the_mean_of_those_that_do(batch, scale, data):
+    reward, group = call(batch), batch["group"]
+    counts = data.draw(arrays(bool, len(group), elements=st.booleans()))
+    for baseline in ("group_mean", "leave_one_out"):
+        got = advantage(reward, group, baseline=baseline, counts_S=counts)
+        for i in np.flatnonzero(~counts & ~np.isnan(reward)):
+            siblings = reward[counts & (group == group[i]) & ~np.isnan(reward)]
+            wanted = reward[i] - siblings.mean() if len(siblings) else 0
+            assert got[i] == pytest.approx(wanted, abs=1e-9)
+    terms = item_terms(*(batch[n] for n in ("score", "confidence", "weight", "valid", "category", "group")))
+    credit = item_credit(terms, reward, group, scale=scale, counts_S=counts)
+    wanted = advantage(reward, group, scale=scale, counts_S=counts)
     np.testing.assert_allclose(credit.sum(axis=1), wanted, atol=1e-7)
 
 
@@ -164,5 +208,5 @@ def test_every_mutant_of_the_reward_is_caught_by_a_golden_vector():
     # Two comparisons allow for rounding: `<=` and `<` differ there only at a value that no input reaches.
     assert [line.split(": ")[1:3] for line in alive] == [
         ["LtE", "kept = gated | (applies.any(axis=1) & (missing <= (max_missing + TIE) * weight.sum(axis=1)))"],
-        ["LtE", "dead = spread[index][:, None] <= TIE * np.maximum(1.0, np.abs(mean))"],
+        ["Gt", "alive = distance > TIE * np.maximum(1.0, np.abs(mean))  # never where one of them is NaN"],
     ]
