@@ -1,0 +1,91 @@
+"""What the terminal shows while a run trains: step, rate, time left and the reward's curve; and what it learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+BARS = "▁▂▃▄▅▆▇█"
+LINES = 20  # that a run says of itself where there is no terminal
+
+
+def curve(values: Sequence[float], width: int = 24) -> str:
+    """A line of at most ``width`` bars, each the mean of its part of the values, from their least to their greatest."""
+    number = min(width, len(values))
+    cuts = [round(place * len(values) / number) for place in range(number + 1)] if number else []
+    parts = [values[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    means = [sum(part) / len(part) for part in parts]
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
+class TrainingProgress:
+    """A bar on a terminal's stderr, or a line now and then where there is none. `step` is to be called after each."""
+
+    def __init__(self, what: str = "training") -> None:
+        self._console = Console(stderr=True)
+        self._what = what
+        self.rewards: list[float] = []
+        columns = (
+            TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
+            TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
+        )  # fmt: skip
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal, transient=True)
+        self._task = self._bar.add_task(what, total=None, said="")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.stop()
+
+    def step(self, number: int, total: int, metrics: Mapping[str, float], seconds: float) -> None:
+        """Show a step that is done."""
+        if "weighted/mean" in metrics:
+            self.rewards.append(metrics["weighted/mean"])
+        said = f"{seconds:.2g} s/step"
+        if self.rewards:
+            said += f"  score {self.rewards[-1]:.3f} {curve(self.rewards)}"
+        self._bar.update(self._task, completed=number, total=total, said=said)
+        if not self._console.is_terminal and (number % max(1, total // LINES) == 0 or number == total):
+            self._console.print(f"{self._what}: step {number}/{total}, {said}", markup=False, highlight=False)
+
+
+def heldout_table(results: Mapping[int, Mapping[str, float]]) -> Table:
+    """Held-out results before and after: the mean of every item, and of sum weight x score, with its change."""
+    first, last = results[min(results)], results[max(results)]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("held out", "before", "after", "change", "confidence"):
+        table.add_column(name, justify="left" if name == "held out" else "right")
+    names = sorted(name for name in {*first, *last} if name.startswith("score/") or name.endswith("weighted/mean"))
+    for name in names:
+        before, after = first.get(name), last.get(name)
+        confidence = last.get(f"confidence/{name.removeprefix('score/')}")
+        change = None if before is None or after is None else after - before
+        label = "sum of weight x score" if name == "weighted/mean" else name.removeprefix("score/")
+        table.add_row(Text(label), _number(before), _number(after), _number(change, "+.3f"), _number(confidence))
+    return table
+
+
+def training_table(first: Mapping[str, float], last: Mapping[str, float]) -> Table:
+    """The first and the last step: scores, and what tells whether the policy is well."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("training", "first step", "last step"):
+        table.add_column(name, justify="left" if name == "training" else "right")
+    shown = [name for name in last if name.startswith(("weighted/", "score/")) and not name.endswith("/std")]
+    shown += [name for name in ("entropy", "approx_kl", "ref_kl", "length/mean", "truncated", "dead_groups", "failed")
+              if name in last]  # fmt: skip
+    for name in shown:
+        table.add_row(Text(name.removesuffix("/mean")), _number(first.get(name)), _number(last.get(name)))
+    return table
+
+
+def _number(value: float | None, form: str = ".3f") -> str:
+    return "-" if value is None else f"{value:{form}}"
