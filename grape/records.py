@@ -147,6 +147,8 @@ def reward_row(
         "normalized": settled.normalized,
         "weighted": settled.weighted,
         "advantage": settled.advantage,
+        "penalty": settled.penalty,
+        "in_baseline": settled.in_baseline,
         "credit": dict(settled.credit),
         "gate": settled.gate,
         "unscorable": settled.unscorable,
