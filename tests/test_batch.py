@@ -92,6 +92,12 @@ def test_drop_makes_a_response_unscorable_and_worst_scores_it_zero():
     assert two.imputed == {"b": 1}
 
 
+def test_an_item_that_nobody_could_judge_and_is_the_worst_counts_with_confidence_one():
+    one, two = settle(batch([A, {**B, "on_failure": "worst"}], *[[(score, 0.5), Outcome.TIMEOUT] for score in (1, 0)]))
+    assert one.confidence == two.confidence == {"a": 0.5, "b": 1}
+    assert (one.reward, two.reward) == pytest.approx((2 * 0.25 / 1.5, 0))
+
+
 def test_a_failed_gate_sets_the_reward_after_polarity_and_a_failed_verdict_does_not_gate():
     gate = {**B, "polarity": "undesirable", "gate": {"at_least": 0.5, "reward": -1}}
     one, two, three = settle(
