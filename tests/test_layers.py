@@ -17,19 +17,32 @@ LAYERS = [
     {"config", "chat", "kl"},
     {"adapters", "loss"},
     {"policy", "value"},
-    {"rollout"},
+    {"rollout", "logprobs"},
+    {"member", "modes"},
+    {"reference"},
+    {"objective"},
+    {"optimize"},
     {"checkers", "log"},
     {"item"},
     {"rubric", "rows", "judge"},
     {"plan", "formats"},
-    {"batch"},
-    {"panel", "records"},
+    {"batch", "hidden"},
+    {"improve", "panel", "records"},
     {"run"},
-    {"scoring", "schemas", "report", "starter"},
+    {"scoring", "schemas", "report", "starter", "questions", "progress"},
+    {"collect"},
+    {"metrics"},
+    {"step"},
+    {"groups", "material", "checkpoint"},
+    {"heldout"},
+    {"training"},
     {"cases", "tour"},
     {"cli"},
 ]
-TENSOR = {"adapters", "kl", "loss", "policy", "rollout", "value"}  # the half that needs torch
+# the half that needs torch
+TENSOR = {"adapters", "kl", "logprobs", "loss", "member", "modes", "objective"}
+TENSOR |= {"optimize", "policy", "reference", "rollout", "value"}
+TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 

@@ -157,7 +157,9 @@ def columns(connection: duckdb.DuckDBPyConnection) -> dict[str, dict[str, str]]:
     return schema
 
 
-def read(path: str | Path, sql: str, params: Sequence[Any] = (), timeout: float = PATIENCE) -> list[tuple[Any, ...]]:
+def read(
+    path: str | Path, sql: str, params: Sequence[Any] | Mapping[str, Any] = (), timeout: float = PATIENCE
+) -> list[tuple[Any, ...]]:
     """The rows of one query by a short read-only connection, for processes that do not write."""
     with connect(Path(path), read_only=True, timeout=timeout) as connection:
         schema_version(connection, Path(path))

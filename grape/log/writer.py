@@ -89,7 +89,7 @@ class Log:
         self._check_open()
         self._store(timeout)
 
-    def query(self, sql: str, params: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+    def query(self, sql: str, params: Sequence[Any] | Mapping[str, Any] = ()) -> list[tuple[Any, ...]]:
         """The rows of one query, which sees all that was appended before."""
         self.flush()
         with self._storing:
