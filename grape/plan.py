@@ -31,10 +31,7 @@ class Plan:
 
 def plan_rows(rows: Rows, rubrics: Mapping[str, Rubric], *, use_judges: bool = True) -> dict[str, Plan]:
     """A plan per question id. A category without a rubric or a row without a needed field is a `ConfigError`."""
-    plans = {
-        question_id: _plan(question, rows.items[question_id], rubrics, rows.places[question_id], use_judges)
-        for question_id, question in rows.questions.items()
-    }
+    plans = {id_: plan_question(rows, id_, rubrics, use_judges=use_judges) for id_ in rows.questions}
     for response in rows.responses:
         plan = plans[response.question_id]
         for field in plan.fields_read:
@@ -46,7 +43,9 @@ def plan_rows(rows: Rows, rubrics: Mapping[str, Rubric], *, use_judges: bool = T
     return plans
 
 
-def _plan(question: Question, own: list[Item], rubrics: Mapping[str, Rubric], place: str, use_judges: bool) -> Plan:
+def plan_question(rows: Rows, question_id: str, rubrics: Mapping[str, Rubric], *, use_judges: bool = True) -> Plan:
+    """The plan of one question of the rows. If there can be none, that is a `ConfigError`."""
+    question, own, place = rows.questions[question_id], rows.items[question_id], rows.places[question_id]
     rubric = rubrics.get(question.category)
     if rubric is None:
         hint = known(rubrics, question.category)

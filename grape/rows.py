@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Field, ValidationError
 
@@ -26,14 +26,12 @@ def _id(value: Any) -> Any:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-class Row(Strict):
-    """One response to score, with its question. Fields beyond these stand in ``metadata``."""
+class QuestionRow(Strict):
+    """A question with what is known about its answer. Fields beyond these stand in ``metadata``."""
 
     question_id: Annotated[str, BeforeValidator(_id)]
     category: str
     question: str | Annotated[list[Turn], Field(min_length=1)]
-    response: str
-    response_id: Annotated[str | None, BeforeValidator(_id)] = None
     reference: str | int | float | None = None
     tests: str | None = None
     entry_point: str | None = None
@@ -76,6 +74,16 @@ class Row(Strict):
         return items
 
 
+class Row(QuestionRow):
+    """One response to score, with its question."""
+
+    response: str
+    response_id: Annotated[str | None, BeforeValidator(_id)] = None
+
+
+AnyRow = TypeVar("AnyRow", bound=QuestionRow)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """The rows of a source, grouped: questions by id, each with its own items and the place where it first stands."""
@@ -95,19 +103,14 @@ def read_rows(source: str | Path | Iterable[Mapping[str, Any]]) -> Rows:
     rows = Rows(source=str(source) if isinstance(source, str | Path) else "rows")
     seen: dict[str, str] = {}
     positions: dict[str, Iterator[int]] = {}
-    for place, data in _read(source):
-        row = _parse(place, data)
+    for place, data in read(source):
+        row = parse(place, data, Row)
         position = next(positions.setdefault(row.question_id, count()))
         response_id = f"{row.question_id}-{position}" if row.response_id is None else row.response_id
         if response_id in seen:
             raise ConfigError(f"{place}: response_id: {response_id!r} stands already in {seen[response_id]}")
         seen[response_id] = place
-        try:
-            _join(rows, row.to_question(), row.to_items(), place)
-        except ValidationError as error:
-            raise invalid(place, error) from error
-        except ValueError as error:
-            raise ConfigError(f"{place}: {one_line(error).removeprefix('.')}") from error
+        _join(rows, row.to_question(), items_of(row, place), place)
         response = Response(
             response_id=response_id, question_id=row.question_id, text=row.response, metadata=row.to_metadata()
         )
@@ -136,15 +139,28 @@ def _join(rows: Rows, question: Question, items: list[Item], place: str) -> None
         )
 
 
-def _parse(place: str, data: Any) -> Row:
+def items_of(row: QuestionRow, place: str) -> list[Item]:
+    """The items of a row's question alone. What is wrong with them is a `ConfigError` of one line."""
     try:
-        row = Row.model_validate(data)
+        return row.to_items()
+    except ValidationError as error:
+        raise invalid(place, error) from error
+    except ValueError as error:
+        raise ConfigError(f"{place}: {one_line(error).removeprefix('.')}") from error
+
+
+def parse(place: str, data: Any, model: type[AnyRow]) -> AnyRow:
+    """One row, strictly. What is wrong with it, be it no JSON even, is a `ConfigError` of one line."""
+    if isinstance(data, ConfigError):
+        raise data
+    try:
+        row = model.model_validate(data)
         if row.metadata and not _plain(row.metadata):
             raise ConfigError(f"{place}: metadata: not plain data of text keys, nested at most {MAX_DEPTH} deep")
         return row
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        line = invalid(place, error, keys_at(error, Row))
+        line = invalid(place, error, keys_at(error, model))
         if any(fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1 for fault in error.errors()):
             raise ConfigError(f"{line}; further fields go under metadata") from error
         if fault["type"] == "missing" and isinstance(data, Mapping):
@@ -152,11 +168,15 @@ def _parse(place: str, data: Any) -> Row:
         raise line from error
 
 
-def _read(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Each row with its place, for messages."""
+def read(source: str | Path | Iterable[Mapping[str, Any]], name: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Each row with its place, for messages: the file or the ``name``, and the line or row.
+
+    A line that is not JSON comes as the `ConfigError` that says so, and those after it still come.
+    """
     if not isinstance(source, str | Path):
         for number, row in enumerate(source, 1):
-            yield f"row {number}", _given(row) if isinstance(row, Mapping) else row
+            place = f"{name}: row {number}" if name else f"row {number}"
+            yield place, given(row) if isinstance(row, Mapping) else row
     elif Path(source).suffix == ".parquet":
         yield from _read_parquet(Path(source))
     else:
@@ -187,7 +207,7 @@ def _json(place: str, line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"), object_pairs_hook=pairs, parse_constant=constant)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: not JSON: {one_line(error)}") from error
+        return ConfigError(f"{place}: not JSON: {one_line(error)}")
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -205,7 +225,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             while batch := cursor.fetchmany(1000):
                 for values in batch:
                     number += 1
-                    yield f"{path}: row {number}", _given(dict(zip(names, values, strict=True)))
+                    yield f"{path}: row {number}", given(dict(zip(names, values, strict=True)))
     except duckdb.Error as error:
         raise ConfigError(f"{path}: {one_line(str(error).splitlines()[0])}") from error
 
@@ -219,7 +239,7 @@ def _plain(value: Any, depth: int = 0) -> bool:
     return all(_plain(item, depth + 1) for item in value) if isinstance(value, list | tuple) else True
 
 
-def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+def given(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row without the fields that only fill a column: those that are None, and in its items at any depth."""
     return {key: _dense(value) if key == "items" else value for key, value in row.items() if value is not None}
 

@@ -1,0 +1,299 @@
+"""The questions of a training run: read from wherever they stand, and which of them a step takes."""
+
+from __future__ import annotations
+
+import logging
+import random
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import fsum, isfinite
+from pathlib import Path
+from typing import Any
+
+from grape.config import DifficultyConfig, QuestionsConfig
+from grape.errors import ConfigError, known, one_line
+from grape.plan import Plan, plan_question
+from grape.rows import QuestionRow, Rows, given, items_of, parse, read
+from grape.rubric import Rubric
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 3  # faults that are said one by one; of the others the number
+FILES = {".jsonl", ".json", ".gz", ".parquet"}
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+FIELDS = frozenset(QuestionRow.model_fields)
+SPREAD = 0.2  # of the curriculum: standard deviation, as a share of all questions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Questions:
+    """The questions of a source, as rows without responses, and a line on each row that was left out."""
+
+    rows: Rows
+    skipped: tuple[str, ...] = ()
+
+    def only(self, ids: Iterable[str]) -> Questions:
+        """These questions alone, in the order of the source."""
+        ids = set(ids)
+        old = self.rows
+        rows = Rows(
+            source=old.source,
+            questions={key: value for key, value in old.questions.items() if key in ids},
+            items={key: value for key, value in old.items.items() if key in ids},
+            places={key: value for key, value in old.places.items() if key in ids},
+        )
+        return replace(self, rows=rows)
+
+
+def read_questions(
+    config: QuestionsConfig, source: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None
+) -> Questions:
+    """The questions of ``config.path``, or of a ``source`` from Python: a `datasets.Dataset`, any mappings.
+
+    Columns that are neither fields of a row nor named in ``config.map`` become metadata. A null is as if absent. Rows
+    without a question_id are called q-1, q-2, ... by their position in the source.
+    """
+    found: Any = _at(config) if source is None else source
+    if isinstance(found, Mapping):
+        found = _split(found, config)
+    rows = Rows(source=config.path)
+    skipped = []
+    for number, (place, data) in enumerate(read(found, config.path), 1):
+        try:
+            _take(rows, place, data, number, config)
+        except ConfigError as error:
+            if config.bad_rows == "fail":
+                raise
+            skipped.append(str(error))
+    if not (rows.questions or skipped):
+        raise ConfigError(f"{config.path}: no rows")
+    return _told(Questions(rows=rows), skipped)
+
+
+def plan_questions(
+    questions: Questions, rubrics: Mapping[str, Rubric], config: QuestionsConfig
+) -> tuple[Questions, dict[str, Plan]]:
+    """The questions that the rubrics can judge, each with its plan; ``bad_rows`` says what becomes of the others."""
+    plans: dict[str, Plan] = {}
+    skipped = []
+    for question_id in questions.rows.questions:
+        try:
+            plans[question_id] = plan_question(questions.rows, question_id, rubrics)
+        except ConfigError as error:
+            if config.bad_rows == "fail":
+                raise
+            skipped.append(str(error))
+    return _told(questions.only(plans) if skipped else questions, skipped), plans
+
+
+def _told(questions: Questions, skipped: list[str]) -> Questions:
+    """The questions with these further lines on rows left out, said. It is an error if nothing is left."""
+    total = len(questions.rows.questions) + len(skipped)
+    if skipped and not questions.rows.questions:
+        raise ConfigError(f"{questions.rows.source}: none of {total} rows can be used; the first: {skipped[0]}")
+    for line in skipped[:SHOWN]:
+        logger.warning("skipped: %s", line)
+    if skipped:
+        logger.warning("%s: %d of %d rows are skipped", questions.rows.source, len(skipped), total)
+    return replace(questions, skipped=(*questions.skipped, *skipped))
+
+
+def _take(rows: Rows, place: str, data: Any, number: int, config: QuestionsConfig) -> None:
+    """Add one row's question."""
+    row = parse(place, _shaped(place, data, number, config) if isinstance(data, Mapping) else data, QuestionRow)
+    if row.question_id in rows.questions:
+        raise ConfigError(f"{place}: question_id: {row.question_id!r} stands already in {rows.places[row.question_id]}")
+    question, items = row.to_question(), items_of(row, place)
+    difficulty = question.get("difficulty")
+    if config.order == "easy-to-hard" and not (difficulty is None and config.difficulty) and not _number(difficulty):
+        raise ConfigError(
+            f"{place}: difficulty: order easy-to-hard goes by this number (got {one_line(repr(difficulty), 60)}); "
+            "or set questions.difficulty, which measures it"
+        )
+    rows.questions[row.question_id] = question
+    rows.items[row.question_id] = items
+    rows.places[row.question_id] = place
+
+
+def _shaped(place: str, data: Mapping[str, Any], number: int, config: QuestionsConfig) -> dict[str, Any]:
+    """The columns of a row as its fields: renamed, filled up, and what is no field under metadata."""
+    data = given(data)
+    mapped = {}
+    for target, column in config.map.items():
+        value = _column(data, column)
+        if value is not None:
+            mapped[target] = value
+        elif target != "category" or config.category is None:
+            has = ", ".join(map(str, data))
+            raise ConfigError(f"{place}: {column}: map takes {target} from it and the row lacks it; the row has: {has}")
+    rest = {key: value for key, value in data.items() if key not in config.map.values()}
+    named = {**rest, **mapped}
+    row = {key: value for key, value in named.items() if key in FIELDS}
+    further = {key: value for key, value in named.items() if key not in FIELDS}
+    if further and isinstance(row.get("metadata", {}), Mapping):
+        row["metadata"] = {**row.get("metadata", {}), **further}
+    row.setdefault("question_id", f"q-{number}")
+    if config.category is not None:
+        row.setdefault("category", config.category)
+    return given(row)
+
+
+def _column(data: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, or of a field inside one (``extra_info.answer``); None where there is none."""
+    if column in data:
+        return data[column]
+    value: Any = data
+    for part in column.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+
+
+def _at(config: QuestionsConfig) -> Any:
+    """What stands at the path: a file, a folder that `datasets` wrote, or a data set of the hub."""
+    path = Path(config.path)
+    folder = path.is_dir()
+    if not folder and (path.exists() or path.suffix in FILES or not HUB_NAME.fullmatch(config.path)):
+        return path
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"{config.path}: {error.name} is not installed, which reads data sets: pip install 'grape-rl[train]'"
+        ) from error
+    try:
+        if folder:
+            return datasets.load_from_disk(config.path)
+        return datasets.load_dataset(config.path, config.subset, split=config.split)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        where = "no folder of `datasets`" if folder else "no file here, and not loaded from the hub"
+        raise ConfigError(f"{config.path}: {where}: {one_line(error)}") from error
+
+
+def _split(splits: Mapping[str, Any], config: QuestionsConfig) -> Any:
+    if config.split not in splits:
+        raise ConfigError(f"{config.path}: no split {config.split!r}; {known(splits, config.split)}")
+    return splits[config.split]
+
+
+def keep_by_difficulty(
+    scores: Mapping[str, Sequence[float]], config: DifficultyConfig
+) -> tuple[list[str], dict[str, float]]:
+    """The questions whose mean score is from ``low`` to ``high``, and the difficulty of all: 1 - mean.
+
+    A question none of whose responses could be scored is left out.
+    """
+    means = {name: fsum(of) / len(of) for name, of in scores.items() if of}
+    kept = [name for name, mean in means.items() if config.low - 1e-9 <= mean <= config.high + 1e-9]
+    if not kept:
+        found = f"from {min(means.values()):.3g} to {max(means.values()):.3g}" if means else "not there"
+        raise ConfigError(
+            f"questions.difficulty: none of {len(scores)} questions has a mean score from {config.low:g} to "
+            f"{config.high:g}; the means are {found}"
+        )
+    return kept, {name: 1 - mean for name, mean in means.items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Order:
+    """Which questions a step takes, as a function of the seed and of how many were drawn before: the position.
+
+    given: as they stand, again and again. shuffled: every epoch takes each question once, in its own permutation; it
+    begins with none that ended the last one, so that a step across the border needs no question twice.
+
+    easy-to-hard: each draw is a question whose rank by difficulty is normal about the progress of the run, so that the
+    easy ones fade out gradually (the Gaussian schedule of E2H, https://arxiv.org/abs/2506.06632, over ranks instead of
+    a few levels and linear in time): density(rank) ~ exp(-(rank - progress)^2 / (2 SPREAD^2)), rank and progress in
+    [0, 1]. No epoch has to be complete there.
+    """
+
+    ids: tuple[str, ...]
+    how: str
+    seed: int
+    count: int  # what a step takes
+    total: int  # what the whole run takes
+    _epoch: dict[int, list[str]] = field(default_factory=dict, repr=False, compare=False)  # the last one asked for
+
+    @classmethod
+    def of(
+        cls, questions: Questions, ids: Sequence[str], config: QuestionsConfig, *, seed: int, count: int, steps: int,
+        difficulty: Mapping[str, float] | None = None,
+    ) -> Order:  # fmt: skip
+        """The order of these questions; by ``difficulty`` where not every row states one."""
+        if count > len(ids):
+            raise ConfigError(
+                f"sampling.questions: {count} a step, but {questions.rows.source} has only {len(ids)} that can be used"
+            )
+        if config.order == "easy-to-hard":
+            stated = {name: questions.rows.questions[name].get("difficulty") for name in ids}
+            if difficulty is None or all(_number(value) for value in stated.values()):
+                difficulty = stated
+            ids = sorted(ids, key=lambda name: (difficulty[name], name))
+        return cls(ids=tuple(ids), how=config.order, seed=seed, count=count, total=count * steps)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def draw(self, position: int, count: int, taken: Collection[str] = ()) -> tuple[list[str], int]:
+        """The next questions and the position after them, none of those ``taken``, which the same step has drawn.
+
+        Fewer than ``count`` only where no other question is left.
+        """
+        out = set(taken)
+        drawn: list[str] = []
+        count = min(count, len(self.ids) - len(out))
+        while len(drawn) < count:
+            question_id = self._ranked(position, out) if self.how == "easy-to-hard" else self._turn(position)
+            position += 1
+            if question_id not in out:
+                drawn.append(question_id)
+                out.add(question_id)
+        return drawn, position
+
+    def _turn(self, position: int) -> str:
+        """Whose turn it is at a position."""
+        epoch, place = divmod(position, len(self.ids))
+        if self.how == "given":
+            return self.ids[place]
+        if epoch not in self._epoch:
+            done = max((other for other in self._epoch if other < epoch), default=-1)
+            ids = self._epoch.get(done, [])
+            for number in range(done + 1, epoch + 1):
+                shuffled = list(self.ids)
+                random.Random(f"{self.seed}/questions/{number}").shuffle(shuffled)
+                ids = _apart(ids, shuffled, self.count)
+            self._epoch.clear()
+            self._epoch[epoch] = ids
+        return self._epoch[epoch][place]
+
+    def _ranked(self, position: int, out: Collection[str]) -> str:
+        """A question by its rank, or the next to it that is not out."""
+        draws = random.Random(f"{self.seed}/questions/{position}")
+        progress = min(position / max(self.total - 1, 1), 1.0)
+        while not 0 <= (rank := draws.gauss(progress, SPREAD)) < 1:
+            pass
+        here = int(rank * len(self.ids))
+        near = sorted(range(len(self.ids)), key=lambda place: abs(place - here)) if self.ids[here] in out else [here]
+        return next(self.ids[place] for place in near if self.ids[place] not in out)
+
+
+def _apart(before: Sequence[str], shuffled: Sequence[str], span: int) -> list[str]:
+    """The shuffled, each put off until it is ``span`` turns from its turn in the epoch ``before``."""
+    late = {name: span - back for back, name in enumerate(reversed(before), 1) if back < span}
+    ordered: list[str] = []
+    held: list[str] = []
+    coming = iter(shuffled)
+    while len(ordered) < len(shuffled):
+        free = next((name for name in held if late.get(name, 0) <= len(ordered)), None)
+        if free is not None:
+            held.remove(free)
+            ordered.append(free)
+        elif late.get(name := next(coming), 0) <= len(ordered):
+            ordered.append(name)
+        else:
+            held.append(name)
+    return ordered
