@@ -1,4 +1,4 @@
-"""The policy: a causal language model with its tokenizer, and the log-probabilities of its responses.
+"""The policy: a causal language model with its tokenizer, its states and its logits.
 
 Padding is free of meaning here: rows may be padded left or right, positions follow the attention mask, and what stands
 under the padding changes no number.
@@ -7,7 +7,6 @@ under the padding changes no number.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grape.adapters import adapter_base, add_lora, read_adapters
@@ -163,10 +161,13 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def logits(model: Any, hidden_NH: Tensor) -> Tensor:
-    """The logits N x V of hidden states, in float32 at least, scaled and capped as the model's config says."""
+def logits(model: Any, hidden_NH: Tensor, head: Any = None) -> Tensor:
+    """The logits N x V of hidden states, in float32 at least, scaled and capped as the model's config says.
+
+    ``head`` stands for the model's own output embeddings.
+    """
     model = causal_lm(model)
-    logits_NV: Tensor = model.get_output_embeddings()(hidden_NH)
+    logits_NV: Tensor = (head or model.get_output_embeddings())(hidden_NH)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     config = model.config.get_text_config()
     if divisor := getattr(config, "logits_scaling", None):  # Granite
@@ -194,73 +195,3 @@ def check_architecture(model: Any, where: str) -> None:
         raise ConfigError(f"{where}: {type(model).__name__} is not supported: {one_line(error)}") from error
     if ours_V.shape != theirs_V.shape or (ours_V - theirs_V).norm() > 0.1 * theirs_V.std() * len(theirs_V) ** 0.5:
         raise ConfigError(f"{where}: {type(model).__name__} is not supported: its logits depend on padding or scaling")
-
-
-def response_logprobs(
-    model: Any, ids_BT: Tensor, attended_BT: Tensor, mask_BT: Tensor, *, entropy: bool = False, chunk: int = 256
-) -> tuple[Tensor, Tensor | None]:
-    """Log-probabilities (natural, temperature 1) of the tokens under ``mask_BT``, and the entropies before them.
-
-    Both are B x T, aligned with ``ids_BT``: entry t is log p(ids[t] | ids[:t]), and 0 where ``mask_BT`` is False. The
-    mask is of response tokens, EOS included; ``attended_BT`` is False on padding only. The mask may not count a row's
-    first token: nothing comes before it. Only ``chunk`` tokens have logits at a time, in the backward pass too, where
-    they are computed anew: the largest tensor is chunk x V, never B x T x V.
-    """
-    mask_BT, attended_BT = mask_BT.bool(), attended_BT.bool()
-    if bool((mask_BT & ~(attended_BT & (attended_BT.long().cumsum(1) > 1))).any()):
-        raise ValueError("mask_BT counts padding or the first token of a row")
-    states_BTH = hidden_states(model, ids_BT, attended_BT, use_cache=False).last_hidden_state
-    states_NH = states_BTH[:, :-1][mask_BT[:, 1:]]
-    labels_N = ids_BT[mask_BT]
-
-    def piece(states_CH: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor]:
-        logits_CV = logits(model, states_CH)
-        norm_C = logits_CV.logsumexp(-1)
-        logprobs_C = logits_CV.gather(-1, labels_C[:, None]).squeeze(-1) - norm_C
-        if not entropy:
-            return logprobs_C, logprobs_C.new_zeros(0)
-        finite_CV = logits_CV.clamp(min=torch.finfo(logits_CV.dtype).min)  # 0 x -inf is no number
-        return logprobs_C, norm_C - ((logits_CV - norm_C[:, None]).exp() * finite_CV).sum(-1)
-
-    pieces = [
-        checkpoint(piece, states_NH[start : start + chunk], labels_N[start : start + chunk], use_reentrant=False)
-        for start in range(0, max(1, len(labels_N)), chunk)  # one empty piece where nothing counts
-    ]
-
-    def scattered(number: int) -> Tensor:
-        values_N = torch.cat([piece[number] for piece in pieces])
-        return values_N.new_zeros(ids_BT.shape).masked_scatter(mask_BT, values_N)
-
-    return scattered(0), scattered(1) if entropy else None
-
-
-def pad(
-    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], pad_id: int, device: Any = "cpu"
-) -> tuple[Tensor, Tensor, Tensor]:
-    """ids_BT, attended_BT and mask_BT of `response_logprobs`: prompt, response, then padding on the right."""
-    width = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
-    ids_BT = torch.full((len(prompts), width), pad_id, dtype=torch.long)
-    attended_BT, mask_BT = torch.zeros(2, *ids_BT.shape, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        end = len(prompt) + len(response)
-        ids_BT[row, :end] = torch.tensor([*prompt, *response])
-        attended_BT[row, :end] = True
-        mask_BT[row, len(prompt) : end] = True
-    return ids_BT.to(device), attended_BT.to(device), mask_BT.to(device)
-
-
-def micro_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Rows cut into batches of at most ``budget`` tokens with their padding, the longest first.
-
-    Every row is in one batch, a row longer than the budget alone. The same lengths give the same batches.
-    """
-    if budget < 1:
-        raise ValueError(f"budget must be at least 1, not {budget}")
-    batches: list[list[int]] = []
-    width = 0
-    for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
-        if not batches or width * (len(batches[-1]) + 1) > budget:
-            batches.append([])
-            width = lengths[row]
-        batches[-1].append(row)
-    return batches

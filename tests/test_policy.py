@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from grape.chat import prompt_ids
 from grape.config import Lora
 from grape.errors import ConfigError
-from grape.policy import check_architecture, load_policy, micro_batches, pad, response_logprobs, save_policy
+from grape.logprobs import micro_batches, pad, response_logprobs
+from grape.policy import check_architecture, load_policy, save_policy
 from grape.types import Question
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]

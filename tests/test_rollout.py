@@ -10,7 +10,8 @@ import torch
 from tiny import tiny_policy
 
 from grape.errors import ConfigError, GrapeError
-from grape.policy import load_policy, pad, response_logprobs, save_policy
+from grape.logprobs import pad, response_logprobs
+from grape.policy import load_policy, save_policy
 from grape.rollout import Rollout, Sampling, draw, sample, truncate
 
 PROMPTS = [[20, 21, 22, 23, 24, 25], [30], [40, 41, 42]]

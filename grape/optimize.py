@@ -1,0 +1,264 @@
+"""Epochs x micro-batches over a step's responses: one AdamW update per epoch, and none where a number is not finite."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor
+
+from grape.config import OptimizerConfig, RunConfig
+from grape.errors import ConfigError, GrapeError, one_line
+from grape.kl import adapted_kl_coef
+from grape.logprobs import micro_batches
+from grape.member import Batch, Member, make_batch
+from grape.modes import Modes
+from grape.objective import Before, Objective
+from grape.policy import Policy
+from grape.reward import advantage
+
+__all__ = ["Member", "Optimizer", "Update"]
+
+OVER_TOKENS = ("approx_kl", "ref_kl", "old_kl", "entropy", "value_clip")  # `loss` divides these by all tokens
+OVER_TERMS = ("clip_low", "clip_high", "clip_dual", "ratio_mean", "rollout_weight", "rollout_truncated")  # or sequences
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Update:
+    """What a step did: its metrics, means over epochs, and of each trained response log pi before the update."""
+
+    metrics: dict[str, float]
+    logprobs: dict[str, float]
+
+
+class Optimizer:
+    """Policy and value head under AdamW, in one process or in one of several.
+
+    Each process has its own members, whole groups at a time; gradients and totals are summed over all, so that every
+    process makes the same update. There is no dropout but that of LoRA, which is drawn from the seed and the step.
+    """
+
+    def __init__(
+        self, policy: Policy, config: RunConfig, accelerator: Accelerator, *, reference: Policy | None = None
+    ) -> None:
+        if config.loss.kl == "trpo" and config.loss.kl_target and config.optimizer.epochs == 1:
+            raise ConfigError("loss.kl_target: kl trpo is 0 in the first epoch: set optimizer.epochs above 1")
+        self.policy = policy
+        self.config = config
+        self.accelerator = accelerator
+        self.objective = Objective(policy, config, reference)
+        self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
+        self._groups = param_groups(policy.model, self.objective.value_head, config)
+        self._weights: list[Tensor] = [weight for group in self._groups for weight in group["params"]]
+        self._adamw = torch.optim.AdamW([dict(group) for group in self._groups])
+
+    def update(self, members: Sequence[Member], step: int) -> Update:
+        """Train on a step's members. ``step`` counts from 1.
+
+        A step in which no process has a token to train on changes nothing. Raises `GrapeError`, of one line, before a
+        number that is not finite reaches the weights.
+        """
+        self._agree(fault(members), step)
+        trained = [member for member in members if member.trained]
+        rows = micro_batches([len(member) for member in trained], self.config.optimizer.micro_tokens)
+        batches = [
+            make_batch([trained[row] for row in cut], self.policy.pad_id, self.policy.model.device) for cut in rows
+        ]
+        totals = self._totals(members, batches)
+        if not totals["trained_tokens"]:
+            return Update(metrics={}, logprobs={})
+        epochs: list[dict[str, float]] = []
+        before: dict[int, Before] = {}
+        with self._modes.training():
+            self.objective.begin()
+            if self.config.loss.kl == "reward" and self.objective.per_sequence:
+                batches = self._penalised(batches)
+            for _ in range(self.config.optimizer.epochs):
+                epochs.append(self._epoch(batches, before, totals, step))
+        metrics = {name: sum(epoch[name] for epoch in epochs) / len(epochs) for name in epochs[0]}
+        metrics["ratio_max"] = max(epoch["ratio_max"] for epoch in epochs)
+        self._adapt(epochs[-1])
+        logprobs = {
+            member.response_id: value
+            for number, batch in enumerate(batches)
+            for member, value in zip(batch.members, before[number].logprobs_BT.double().sum(1).tolist(), strict=True)
+        }
+        return Update(metrics=metrics, logprobs=logprobs)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a run goes on from but the policy's own weights."""
+        head = self.objective.value_head
+        return {
+            "adamw": self._adamw.state_dict(),
+            "value_head": None if head is None else head.state_dict(),
+            "kl_coef": self.objective.kl_coef,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict`, which is not changed."""
+        try:
+            self._adamw.load_state_dict(state["adamw"])
+        except ValueError as error:
+            raise ConfigError(f"the optimizer's state is of other weights: {one_line(error)}") from error
+        if self.objective.value_head is not None and state["value_head"] is not None:
+            self.objective.value_head.load_state_dict(state["value_head"])
+        self.objective.kl_coef = state["kl_coef"]
+
+    def _epoch(
+        self, batches: Sequence[Batch], before: dict[int, Before], totals: dict[str, int], step: int
+    ) -> dict[str, float]:
+        """One update over all micro-batches, and its metrics over all processes."""
+        sums: dict[str, float] = defaultdict(float)
+        wrong, highest = None, 0.0
+        for number, batch in enumerate(batches):
+            with self._modes.seeded(self.config.seed, step, self.accelerator.process_index, number):
+                loss, metrics, before[number] = self.objective.loss(
+                    batch, before.get(number), num_sequences=totals["sequences"], num_tokens=totals["tokens"]
+                )
+                if not loss.isfinite():
+                    wrong = blame(batch, before[number], loss.item())
+                    break
+                loss.backward()  # type: ignore[no-untyped-call]
+            for name, value in metrics.items():
+                sums[name] += value.item()
+            highest = max(highest, metrics["ratio_max"].item())
+        self._agree(wrong, step)
+        factor = schedule(step, self.config.steps, self.config.optimizer)
+        norm = self._step(step, factor)
+        return self._over_ranks(sums, highest, totals) | {
+            "grad_norm": norm,
+            "lr": factor * self.config.optimizer.lr,
+            "kl_coef": self.objective.kl_coef,
+            "tokens": float(totals["trained_tokens"]),
+            "padding": 1 - totals["real"] / totals["padded"],
+        }
+
+    def _step(self, step: int, factor: float) -> float:
+        """Clip the gradients, summed over processes, and let AdamW move the weights; their norm before that."""
+        if self.accelerator.num_processes > 1:
+            for weight in self._weights:
+                grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self.accelerator.reduce(grad, "sum")
+        norm = torch.nn.utils.clip_grad_norm_(self._weights, self.config.optimizer.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self._adamw.zero_grad()
+            raise GrapeError(f"step {step}: the norm of the gradient is {norm}: the weights are left as they were")
+        for group, ours in zip(self._adamw.param_groups, self._groups, strict=True):
+            group["lr"] = factor * ours["lr"]
+        self._adamw.step()
+        self._adamw.zero_grad()
+        return norm
+
+    def _penalised(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Eq. 12 with a ratio per sequence: each row's penalty is in its reward before the group's baseline."""
+        penalties = [self.objective.penalties(batch) for batch in batches]
+        flat = torch.cat(penalties).double().cpu().numpy()
+        groups = [member.group for batch in batches for member in batch.members]
+        gains = torch.from_numpy(advantage(flat, groups, baseline=self.config.advantage.baseline))
+        cut = torch.split(gains, [len(batch.members) for batch in batches])
+        return [
+            replace(batch, advantage_B=batch.advantage_B + gain.to(batch.advantage_B))
+            for batch, gain in zip(batches, cut, strict=True)
+        ]
+
+    def _adapt(self, metrics: dict[str, float]) -> None:
+        """Move the KL's coefficient towards its target."""
+        target = self.config.loss.kl_target
+        if target is not None:
+            name = "old_kl" if self.config.loss.kl == "trpo" else "ref_kl"
+            self.objective.kl_coef = adapted_kl_coef(self.objective.kl_coef, metrics[name], target=target)
+
+    def _totals(self, members: Sequence[Member], batches: Sequence[Batch]) -> dict[str, int]:
+        """Counts over all processes. What is not trained is in ``sequences`` and ``tokens``, which losses divide by."""
+        rows = [member for batch in batches for member in batch.members]
+        counts = {
+            "sequences": len(members),
+            "tokens": sum(len(member.token_ids) for member in members),
+            "trained_sequences": len(rows),
+            "trained_tokens": sum(len(member.token_ids) for member in rows),
+            "real": sum(map(len, rows)),
+            "padded": sum(batch.ids_BT.numel() for batch in batches),
+        }
+        return {name: int(value) for name, value in self._sum(counts).items()}
+
+    def _over_ranks(self, sums: dict[str, float], highest: float, totals: dict[str, int]) -> dict[str, float]:
+        """The metrics of all processes, means over what was trained. One without members knows no names."""
+        names = sums if self.accelerator.num_processes == 1 else sorted(set(gather_object(list(sums))))
+        metrics = self._sum({name: sums.get(name, 0.0) for name in names})
+        over_sequences = self.objective.per_sequence
+        for name in metrics:
+            if name in OVER_TOKENS or (name in OVER_TERMS and not over_sequences):
+                metrics[name] *= totals["tokens"] / totals["trained_tokens"]
+            elif name in OVER_TERMS:
+                metrics[name] *= totals["sequences"] / totals["trained_sequences"]
+        top = torch.tensor(highest, device=self.accelerator.device)
+        return metrics | {"ratio_max": float(self.accelerator.reduce(top, "max"))}
+
+    def _sum(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Numbers, summed over processes."""
+        if self.accelerator.num_processes == 1:
+            return dict(values)
+        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.accelerator.device)
+        return dict(zip(values, self.accelerator.reduce(numbers, "sum").tolist(), strict=True))
+
+    def _agree(self, wrong: str | None, step: int) -> None:
+        """Raise what is wrong, in every process if in one, so that none waits for the others."""
+        if self._sum({"wrong": float(wrong is not None)})["wrong"]:
+            self._adamw.zero_grad()
+            raise GrapeError(f"step {step}: {wrong or 'another process has numbers that are not finite'}")
+
+
+def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
+    """The share of the learning rate in a step, from 1: up to 1 over ``warmup`` steps, then as it says towards 0.
+
+    The first step after the warmup has 1 and 0 would be the one after the last: no step is wasted.
+    """
+    if step <= config.warmup:
+        return step / config.warmup
+    done = min(1.0, (step - config.warmup - 1) / max(1, steps - config.warmup))
+    if config.schedule == "constant":
+        return 1.0
+    return 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def param_groups(model: Any, value_head: Any, config: RunConfig) -> list[dict[str, Any]]:
+    """The weights that are trained: matrices decay, norms and biases do not, and the value head has its own rate."""
+    lr, decay = config.optimizer.lr, config.optimizer.weight_decay
+    parts = [(list(model.parameters()), lr)]
+    if value_head is not None and config.value is not None:
+        parts.append((list(value_head.parameters()), config.value.lr or lr))
+    groups: list[dict[str, Any]] = [
+        {"params": some, "lr": rate, "weight_decay": rule}
+        for weights, rate in parts
+        for matrices, rule in ((True, decay), (False, 0.0))
+        if (some := [weight for weight in weights if weight.requires_grad and (weight.dim() > 1) == matrices])
+    ]
+    small = {weight.dtype for group in groups for weight in group["params"]} & {torch.bfloat16, torch.float16}
+    if small:
+        raise ValueError(f"weights that are trained must be in float32, not {small.pop()}: small updates would be lost")
+    return groups
+
+
+def fault(members: Sequence[Member]) -> str | None:
+    """What is not a finite number in the members, if anything."""
+    for member in members:
+        numbers = {"advantage": member.advantage, "reward": member.reward}
+        numbers |= {f"rollout_logprobs[{at}]": value for at, value in enumerate(member.rollout_logprobs or ())}
+        for name, value in numbers.items():
+            if not math.isfinite(value):
+                return f"response {member.response_id!r}: its {name} is {value}: the weights are left as they were"
+    return None
+
+
+def blame(batch: Batch, before: Before, loss: float) -> str:
+    """A loss that is not finite, and the responses that it may come from."""
+    bad = (~before.logprobs_BT.isfinite().all(1)).tolist()
+    names = [member.response_id for member, one in zip(batch.members, bad, strict=True) if one or not any(bad)]
+    some = ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"the loss is {loss} with response {some}: the weights are left as they were"
