@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from grape.scoring import score
     from grape.starter import init
     from grape.tour import quickstart
+    from grape.training import train
     from grape.types import Outcome, Question, Response, Verdict
 
 _HOME = {
@@ -39,6 +40,7 @@ _HOME = {
     "scoring": ("score",),
     "starter": ("init",),
     "tour": ("quickstart",),
+    "training": ("train",),
     "types": ("Outcome", "Question", "Response", "Verdict"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}
@@ -74,6 +76,7 @@ __all__ = [
     "schema",
     "score",
     "sql",
+    "train",
 ]
 
 

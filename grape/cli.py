@@ -66,7 +66,7 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        _say("interrupted; what was answered is kept: `grape score --resume` goes on from there")
+        _say("interrupted; what was answered is kept: --resume goes on from there")
         os._exit(130)  # the log is closed by now; a checker that hangs in its thread is not waited for
     except click.ClickException as error:
         _say(error.format_message())
@@ -266,6 +266,65 @@ def score(
     show(f'log: {log}   ask it: grape sql "from item_health" --log {log}', stderr=True)
     if all(record["reward"] is None for record in records):
         _say("no response could be scored: the reasons stand above, and in the view failures")
+
+
+@cli.command()
+@click.argument("run", type=FILE)
+@click.argument("overrides", nargs=-1, metavar="[FIELD=VALUE]...")
+@click.option("--resume", is_flag=True, help="Go on after the last checkpoint in checkpoint.dir.")
+@click.option("--allow-changes", is_flag=True, help="Resume although a rubric, prompt, judge or setting has changed.")
+@PYTHON
+@SANDBOX
+@UNSAFE
+@click.option("--json", "as_json", is_flag=True, help="A JSON line per step on stdout instead of a table at the end.")
+def train(
+    run: Path,
+    overrides: tuple[str, ...],
+    resume: bool,
+    allow_changes: bool,
+    python: str | None,
+    service: str | None,
+    unsafe_code: bool,
+    as_json: bool,
+) -> None:
+    """Train a policy as RUN (a run.yaml) says; FIELD=VALUE overrides it, as in loss.clip_high=0.28."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin stall a busy machine
+    _needs_torch()
+    from grape.config import load_run
+    from grape.progress import TrainingProgress, heldout_table, training_table
+    from grape.report import show
+    from grape.training import StepReport, train
+
+    sandbox = _sandbox(python, service, unsafe_code)
+    config = load_run(run, overrides)
+    ends: list[dict[str, float]] = []
+    with TrainingProgress() as bar, redirect_stdout(sys.stderr):
+
+        def report(step: StepReport) -> None:
+            bar.step(step.step, step.steps, step.metrics, step.seconds)
+            ends[1:] = [step.metrics]
+            if as_json:
+                print(json.dumps({"step": step.step, "seconds": step.seconds, **step.metrics}), file=sys.__stdout__)
+
+        done = asyncio.run(
+            train(config, resume=resume, allow_changes=allow_changes, sandbox=sandbox, report=report)
+        )
+    if not as_json and ends:
+        show(training_table(ends[0], ends[-1]))
+    if not as_json and done.heldout:
+        show("", heldout_table(done.heldout))
+    if done.folder:
+        show(f"policy: {done.folder}", stderr=True)
+    show(f'log: {config.log}   ask it: grape sql "from training_curve" --log {config.log}', stderr=True)
+
+
+def _needs_torch() -> None:
+    """One line where the extra is not installed."""
+    from importlib.util import find_spec
+
+    for package in ("torch", "transformers", "accelerate", "peft", "datasets"):
+        if find_spec(package) is None:
+            raise ConfigError(f"training needs the package {package}: pip install 'grape-rl[train]'")
 
 
 @cli.command()

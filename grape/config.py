@@ -74,7 +74,7 @@ class SamplingConfig(Strict):
     """How groups of responses are drawn: ``questions`` groups a step of ``responses`` each.
 
     ``rounds`` above 1 is dynamic sampling: while groups of equal rewards leave fewer than ``questions`` to learn from,
-    further questions are drawn, at most so many times.
+    further questions are drawn, at most so many times. ``rows`` limits the responses that are decoded at a time.
     """
 
     questions: Count = 32
@@ -85,6 +85,7 @@ class SamplingConfig(Strict):
     top_k: Whole = 0
     min_p: Unit = 0.0
     rounds: Count = 1
+    rows: Count | None = None
 
 
 class ImproveConfig(Strict):

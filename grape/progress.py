@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from types import TracebackType
 
 from rich.console import Console
@@ -18,7 +19,7 @@ def curve(values: Sequence[float], width: int = 24) -> str:
     """A line of at most ``width`` bars, each the mean of its part of the values, from their least to their greatest."""
     number = min(width, len(values))
     cuts = [round(place * len(values) / number) for place in range(number + 1)] if number else []
-    parts = [values[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]
+    parts = [values[start:end] for start, end in pairwise(cuts)]
     means = [sum(part) / len(part) for part in parts]
     low, high = min(means, default=0.0), max(means, default=0.0)
     scale = (len(BARS) - 1) / (high - low) if high > low else 0.0

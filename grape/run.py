@@ -1,4 +1,4 @@
-"""A run of `grape score`: its name in the log, what the log has of it already, and its one owner."""
+"""A run: its name in the log, what the log has of it already, and its one owner."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if not self.name:
-            object.__setattr__(self, "name", f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid4().hex[:6]}")
+            object.__setattr__(self, "name", new_name())
 
     def resumed(self, log: Log) -> Run:
         """The last run of the same inputs, with the replies it had got; or this new one, if the log has none."""
@@ -79,6 +79,11 @@ class Run:
         }
         questions, responses = question_rows(self.name, self.rows), response_rows(self.name, 0, self.rows)
         return {"runs": [run], "questions": questions, "responses": responses}
+
+
+def new_name() -> str:
+    """A name that no other run in any log has, in the order of time."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
 
 
 def answered_calls(log: Log, run: str) -> dict[str, CallRecord]:

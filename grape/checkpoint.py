@@ -1,0 +1,124 @@
+"""What a run leaves on disk to go on from: checkpoints of whole steps, and a journal of the steps since the last one.
+
+A checkpoint is a folder `step-000050` that `load_policy` reads, with the optimizer's state beside the weights. The
+journal holds each step's rollouts and verdicts from before its update, so that no step is sampled or judged twice.
+Both appear under their names only when they are whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grape.config import CheckpointConfig
+from grape.errors import ConfigError, one_line
+from grape.policy import Policy, save_policy
+from grape.step import Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Saved:
+    """A checkpoint: the step after which it was made, the position in the order of questions, the folder."""
+
+    step: int
+    position: int
+    folder: Path
+
+    def optimizer(self) -> dict[str, Any]:
+        """The state of the optimizer."""
+        state: dict[str, Any] = torch.load(self.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        return state
+
+
+class Checkpoints:
+    """The checkpoints of one run in its folder. What cannot be written is a `ConfigError` of one line."""
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self.config = config
+        self.folder = Path(config.dir)
+        self._journal = self.folder / "journal"
+
+    def begin(self, run: str, identity: Mapping[str, str], *, resume: bool, allow_changes: bool) -> str:
+        """The name of the run that this folder holds from now on: ``run``, or the one that is resumed.
+
+        ``identity`` holds a hash of each part that decides the result. A part that changed since is an error, unless
+        allowed.
+        """
+        file = self.folder / "run.json"
+        if file.is_file():
+            known = json.loads(file.read_text())
+            if not resume:
+                raise ConfigError(
+                    f"{self.folder}: holds run {known['run']} already: --resume goes on with it, another "
+                    "checkpoint.dir begins anew"
+                )
+            changed = sorted(
+                part for part in {*identity, *known["identity"]} if identity.get(part) != known["identity"].get(part)
+            )
+            if changed and not allow_changes:
+                raise ConfigError(
+                    f"{self.folder}: changed since run {known['run']} began: {', '.join(changed)}; "
+                    "--allow-changes goes on all the same"
+                )
+            run = known["run"]
+        try:
+            self._journal.mkdir(parents=True, exist_ok=True)
+            _write(file, json.dumps({"run": run, "identity": dict(identity)}, indent=1).encode())
+        except OSError as error:
+            raise ConfigError(f"{self.folder}: {error.strerror}") from error
+        return run
+
+    def latest(self) -> Saved | None:
+        """The last checkpoint."""
+        found = sorted(self.folder.glob("step-*"))
+        if not found:
+            return None
+        state = json.loads((found[-1] / "state.json").read_text())
+        return Saved(step=state["step"], position=state["position"], folder=found[-1])
+
+    def save(self, step: int, position: int, policy: Policy, optimizer: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, then drop the oldest ones and the journal of the steps that it covers."""
+        folder = self.folder / f"step-{step:06d}"
+        draft = self.folder / f".{folder.name}.{os.getpid()}"
+        try:
+            for stale in self.folder.glob(".step-*"):
+                shutil.rmtree(stale)
+            save_policy(policy, draft)
+            torch.save(dict(optimizer), draft / "optimizer.pt")
+            (draft / "state.json").write_text(json.dumps({"step": step, "position": position}))
+            draft.rename(folder)
+            for old in sorted(self.folder.glob("step-*"))[: -self.config.keep]:
+                shutil.rmtree(old)
+            for path in self._journal.glob("step-*.json"):
+                if int(path.stem.removeprefix("step-")) <= step:
+                    path.unlink()
+        except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
+            raise ConfigError(f"{folder}: cannot be written: {one_line(error)}") from error
+        return folder
+
+    def keep(self, step: Step) -> None:
+        """Put a judged step into the journal."""
+        path = self._journal / f"step-{step.number:06d}.json"
+        try:
+            _write(path, step.dump())
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+
+    def judged(self, number: int) -> Step | None:
+        """A step of the journal."""
+        path = self._journal / f"step-{number:06d}.json"
+        return Step.read(path.read_bytes()) if path.is_file() else None
+
+
+def _write(path: Path, data: bytes) -> None:
+    """The whole file or none of it."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_bytes(data)
+    draft.replace(path)

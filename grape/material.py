@@ -1,0 +1,147 @@
+"""What a training run is made of: questions with their plans, rubrics, judges; and hashes that tell if it changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+
+from grape.checkers import load_checkers
+from grape.collect import Collector
+from grape.config import QuestionsConfig, RunConfig
+from grape.errors import ConfigError, known
+from grape.item import flatten
+from grape.judge.config import Judge
+from grape.plan import Plan
+from grape.questions import Order, Questions, keep_by_difficulty, plan_questions, read_questions
+from grape.records import Record, question_rows
+from grape.resources import digest, find, read_text
+from grape.rows import Rows
+from grape.rubric import Rubric, load_rubrics
+from grape.run import TRANSPORT
+from grape.scoring import load_judges
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Material:
+    """Questions, a plan for each, the rubrics by category and the judges by the names that rubrics use."""
+
+    config: RunConfig
+    questions: Questions
+    plans: Mapping[str, Plan]
+    rubrics: Mapping[str, Rubric]
+    judges: Mapping[str, Judge]
+
+    def order(self, scores: Mapping[str, Sequence[float]] | None = None) -> Order:
+        """The order in which steps take the questions; ``scores`` of the untrained policy leave out the too easy and
+        too hard ones."""
+        config = self.config.questions
+        ids = list(self.plans)
+        difficulty: Mapping[str, float] | None = None
+        if scores is not None and config.difficulty is not None:
+            ids, difficulty = keep_by_difficulty(scores, config.difficulty)
+        return Order.of(
+            self.questions, ids, config, seed=self.config.seed, count=self.config.sampling.questions,
+            steps=self.config.steps, difficulty=difficulty,
+        )  # fmt: skip
+
+    def question_rows(self, run: str, ids: Sequence[str]) -> list[Record]:
+        """Rows of the log's table `questions`."""
+        rows = self.questions.rows
+        some = Rows(
+            source=rows.source,
+            questions={name: rows.questions[name] for name in ids},
+            items={name: rows.items[name] for name in ids},
+        )
+        return question_rows(run, some)
+
+    def check_room(self, collector: Collector) -> None:
+        """See that every prompt leaves room for a response."""
+        for question_id, plan in self.plans.items():
+            if not collector.fits(length := collector.fresh(plan, question_id).prompt_ids):
+                raise ConfigError(
+                    f"{self.questions.rows.places[question_id]}: its prompt of {len(length)} tokens and "
+                    f"sampling.max_tokens {self.config.sampling.max_tokens} exceed the policy's context"
+                )
+
+
+def read_material(
+    config: RunConfig, questions: QuestionsConfig | None = None, *, rubrics: str | None = None,
+    judges: Mapping[str, str] | None = None,
+) -> Material:  # fmt: skip
+    """Everything that the run's file names, read and checked; other questions, rubrics and judges where given."""
+    for file in config.checkers:
+        load_checkers(file)
+    files = config.judges if judges is None else judges
+    source = questions or config.questions
+    by_category = load_rubrics(rubrics or config.rubrics, judges=files)
+    asked, plans = plan_questions(read_questions(source), by_category, source)
+    return Material(
+        config=config,
+        questions=asked,
+        plans=plans,
+        rubrics={plan.rubric.category: plan.rubric for plan in plans.values()},
+        judges=load_judges(plans.values(), files),
+    )
+
+
+def identity(config: RunConfig, material: Material) -> dict[str, str]:
+    """A hash of each part that decides the result, by its name in messages."""
+    sections = config.model_dump(exclude={"checkpoint", "trackers", "log", "steps", "evaluate"})
+    if config.optimizer.schedule != "constant" or config.questions.order == "easy-to-hard":
+        sections["steps"] = config.steps  # otherwise a run may be made longer
+    parts = {name: digest(json.dumps(value, sort_keys=True)) for name, value in sections.items()}
+    rows = material.question_rows("", list(material.plans))
+    parts["questions' rows"] = digest(json.dumps(rows, sort_keys=True, default=str))
+    prompts = {judge.prompt for judge in material.judges.values() if judge.client != "replay"}
+    for rubric in material.rubrics.values():
+        parts[f"rubric {rubric.rubric}"] = rubric.hash
+        prompts |= {f"improve/{rubric.improve}"} | ({f"generate/{rubric.generate}"} if rubric.generate else set())
+        prompts |= {f"critique/{leaf.critique}" for leaf in flatten(rubric.items) if leaf.critique}
+    for name in prompts:
+        parts[f"prompt {name}"] = digest(read_text(find("prompts", name)))
+    for name, judge in material.judges.items():
+        parts[f"judge {name}"] = digest(judge.model_dump_json(exclude=TRANSPORT))
+    for file in config.checkers:
+        parts[f"checkers {file}"] = digest(read_text(file))
+    return parts
+
+
+def run_row(name: str, kind: str, config: RunConfig, material: Material) -> Record:
+    """The row of the log's table `runs`."""
+    rubrics = {c: {"rubric": r.rubric, "version": r.version, "hash": r.hash} for c, r in material.rubrics.items()}
+    return {
+        "run": name,
+        "kind": kind,
+        "started": datetime.now(UTC),
+        "version": version("grape-rl"),
+        "inputs": digest(json.dumps(identity(config, material), sort_keys=True)),
+        "config": json.dumps(config.model_dump()),
+        "rubrics": json.dumps(rubrics),
+        "judges": json.dumps({name: {"model": j.model, "hash": j.hash} for name, j in material.judges.items()}),
+        "seed": config.seed,
+    }
+
+
+def make_accelerator(config: RunConfig) -> Any:
+    """Device, precision and trackers. More than one process is not available in this version."""
+    there = [str(tracker) for tracker in get_available_trackers()]
+    for tracker in config.trackers:
+        if tracker not in there:
+            raise ConfigError(f"trackers: {tracker!r} is not installed; {known(there, tracker)}")
+    AcceleratorState._reset_state()  # it is one for the process, and would refuse a second run of another precision
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.policy.dtype == "bfloat16" else "no",
+        log_with=list(config.trackers) or None,
+        project_dir=config.checkpoint.dir if config.checkpoint else ".",
+    )
+    if accelerator.num_processes > 1:
+        raise ConfigError("more than one process: is not available in this version; start a single one")
+    return accelerator
