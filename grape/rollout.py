@@ -75,15 +75,15 @@ def sample(
     *,
     responses: int | Sequence[int],
     max_tokens: int,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     sampling: Sampling = Sampling(),
     on_response: Callable[[Rollout], None] | None = None,
 ) -> list[Rollout]:
     """``responses`` responses to each prompt (or one count per prompt), in order of group and member.
 
     Each prompt is computed once and its cache shared out to its group; a finished row leaves the batch. Draws come from
-    ``generator``, on the model's device; on a CPU the same state gives the same bits. The model is in evaluation mode
-    meanwhile (no dropout) and must be left to this call.
+    ``generator``, on the model's device, or each response's from its own of several; on a CPU the same state gives the
+    same bits. The model is in evaluation mode meanwhile (no dropout) and must be left to this call.
 
     ``on_response`` gets each rollout once, the moment it finishes, while the others are still being sampled. It is
     called in the thread of `sample` and holds it up, so it should hand over and return: ``queue.SimpleQueue.put``, or
@@ -108,9 +108,16 @@ def sample(
         if on_response is not None:
             on_response(done[place])
 
+    def drawn(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
+        if not isinstance(generator, Sequence):
+            return draw(logits_RV, sampling, generator)
+        alive = [number for number, place in enumerate(places) if place not in done]
+        rows = [draw(logits_RV[[row]], sampling, generator[number]) for row, number in enumerate(alive)]
+        return torch.cat([tokens_1 for tokens_1, _ in rows]), torch.cat([logprobs_1 for _, logprobs_1 in rows])
+
     if places:
         with evaluating(policy.model):
-            decode(policy, prompts, places, max_tokens, lambda step: draw(step, sampling, generator), finish)
+            decode(policy, prompts, places, max_tokens, drawn, finish)
     return [done[place] for place in places]
 
 
@@ -122,12 +129,18 @@ def check(policy: Policy, prompts: Sequence[Sequence[int]], counts: list[int], m
         raise ValueError("responses must be one count of at least 0 for each prompt")
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt has no tokens")
-    room = getattr(causal_lm(policy.model).config.get_text_config(), "max_position_embeddings", None)
+    room = positions(policy)
     longest = max(map(len, prompts), default=0)
     if room and longest + max_tokens > room:
         raise ConfigError(
             f"sampling.max_tokens: {max_tokens} after a prompt of {longest} tokens exceed the model's {room} positions"
         )
+
+
+def positions(policy: Policy) -> int | None:
+    """How many tokens the model has room for, prompt and response together; None where its config does not say."""
+    room = getattr(causal_lm(policy.model).config.get_text_config(), "max_position_embeddings", None)
+    return int(room) if room else None
 
 
 @contextmanager

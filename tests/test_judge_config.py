@@ -9,6 +9,7 @@ from grape.judge.config import load_judge
 from grape.resources import digest
 
 MINIMAL = "judge: j\nendpoint: http://localhost:1/v1\nmodel: m\n"
+LOCAL = "judge: j\nclient: transformers\nmodel: m\n"
 
 
 def judge(tmp_path, text):
@@ -66,14 +67,24 @@ def test_null_leaves_a_field_of_the_sampling_out(tmp_path):
     ("text", "message"),
     [
         (MINIMAL + "modle: x", "modle: Extra inputs are not permitted (got 'x'; did you mean 'model'? known: "),
-        (MINIMAL + "client: vllm", "client: 'vllm' is not available in this version; available: openai, replay"),
-        (MINIMAL + "client: transformers", "client: 'transformers' is not available in this version; available: "),
-        (MINIMAL + "client: opanai", "client: no client 'opanai'; did you mean 'openai'? known: openai, replay"),
+        (MINIMAL + "client: vllm", "client: 'vllm' is not available in this version; available: openai, "),
         (
-            MINIMAL + "confidence: logprob",
-            "confidence: 'logprob' is not available in this version; available: verbal, ",
+            MINIMAL + "client: opanai",
+            "client: no client 'opanai'; did you mean 'openai'? known: openai, replay, transformers",
         ),
-        (MINIMAL + "confidence: high", "confidence: no confidence 'high'; known: none, verbal"),
+        (MINIMAL + "confidence: logprob", "confidence: 'logprob' goes only with client: transformers"),
+        (MINIMAL + "confidence: votes", "confidence: 'votes' is not available in this version; available: verbal, "),
+        (MINIMAL + "confidence: high", "confidence: no confidence 'high'; known: logprob, none, verbal"),
+        (MINIMAL + "batch: 2", "batch: goes only with client: transformers"),
+        (MINIMAL + "dtype: float32", "dtype: goes only with client: transformers"),
+        ("judge: j\nclient: transformers", "model: client 'transformers' needs it"),
+        (LOCAL + "batch: 0", "batch: Input should be greater than or equal to 1 (got 0)"),
+        (LOCAL + "dtype: int8", "dtype: Input should be 'float32', 'bfloat16' or 'float16' (got 'int8')"),
+        (
+            LOCAL + "sampling: {stop: END}",
+            "sampling.stop: client 'transformers' has max_tokens, seed, temperature, top_p",
+        ),
+        (LOCAL + "sampling: {max_tokens: null}", "sampling.max_tokens: client 'transformers' needs it"),
         ("judge: j\nmodel: m", "endpoint: client 'openai' needs it"),
         ("judge: j\nendpoint: http://a/v1", "model: client 'openai' needs it"),
         ("judge: j\nclient: replay", "replies: client 'replay' needs it"),
@@ -136,7 +147,7 @@ def test_stored_ratings_state_no_confidence(tmp_path):
 
 def test_the_shipped_judges_load():
     shipped = {path.stem: load_judge(path) for path in Path("judges").glob("*.yaml")}
-    assert {"default", "openai"} <= set(shipped)
+    assert {"default", "local", "openai"} <= set(shipped)
     assert all(judge.judge == name for name, judge in shipped.items())
     assert shipped["default"].endpoints == ["http://localhost:8000/v1"]
     assert shipped["openai"].api_key == "$OPENAI_API_KEY"

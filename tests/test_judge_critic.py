@@ -82,7 +82,7 @@ def test_the_recorded_row_has_the_columns_of_judge_calls():
     one(None, rows=rows)
     assert set(rows[0]) == {
         "call", "judge", "model", "endpoint", "purpose", "messages", "sampling", "reply", "finish_reason", "outcome",
-        "detail", "attempts", "latency", "input_tokens", "output_tokens", "cost", "created",
+        "detail", "attempts", "latency", "input_tokens", "output_tokens", "cost", "confidence", "created",
     }  # fmt: skip
 
 

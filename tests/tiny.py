@@ -6,13 +6,19 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: two spinning threads on a busy machine stall
 
+import math
 import string
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from grape.policy import Policy, load_policy
 
@@ -23,6 +29,7 @@ TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
 )
+HEAD = '{"reasoning": "ok", "score": '  # one token of `tiny_judge`
 SHAPE = {
     "hidden_size": 64,
     "intermediate_size": 160,
@@ -79,3 +86,42 @@ def tiny_folder(folder: Path, kind: str = "qwen3", *, tied: bool = True, seed: i
 def tiny_policy(folder: Path, kind: str = "qwen3", **config: Any) -> Policy:
     """The policy of `tiny_folder`, loaded as a user's would be."""
     return load_policy(str(tiny_folder(folder, kind, **config)))
+
+
+def tiny_judge(folder: Path, *, share: float = 0.75) -> Path:
+    """A judge made by hand: it always replies `{"reasoning": "ok", "score": 1}`, or 0 with probability 1 - ``share``.
+
+    Each token decides the next one, but for a little that the prompt adds by attention, so that its probabilities
+    differ from prompt to prompt in the third digit.
+    """
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([HEAD])
+    model = tiny_model(tied=False, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    chain = {"\n": {HEAD: 1.0}, HEAD: {"1": share, "0": 1 - share}, "1": {"}": 1.0}, "0": {"}": 1.0}, "}": {END: 1.0}}
+    with torch.no_grad():
+        before_VH, after_VH = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.mul_(0.1)
+            layer.mlp.down_proj.weight.mul_(0.1)
+        before_VH[:, : len(chain)], after_VH[:, : len(chain)] = 0, 0
+        for place, (token, following) in enumerate(chain.items()):
+            before_VH[tokenizer.convert_tokens_to_ids(token)] = torch.eye(64)[place] * 8
+            for other, probability in following.items():
+                after_VH[tokenizer.convert_tokens_to_ids(other), place] = (12 + math.log(probability)) / 8
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_classifier(folder: Path, *, seed: int = 0, **config: Any) -> Path:
+    """A random reward model and its tokenizer, saved: one logit for a chat."""
+    shape = {**SHAPE, "vocab_size": len(CONTROL) + len(CHARS), "num_labels": 1, **config}
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("qwen3", **shape), dtype=torch.float32)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, 0.1, generator=generator)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder

@@ -47,7 +47,7 @@ class CallRecord:
     """What came of a call, after its retries: a reply, or the outcome that stands for its absence.
 
     ``latency`` is the sum of the attempts in seconds, without waiting in line or between them; ``cost`` is in the
-    currency of the judge's price.
+    currency of the judge's price; ``confidence`` is that of the score in the reply, where the judge gives it.
     """
 
     outcome: Outcome = Outcome.OK
@@ -60,6 +60,7 @@ class CallRecord:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost: float | None = None
+    confidence: float | None = None
     created: datetime
 
     @property

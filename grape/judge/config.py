@@ -26,10 +26,13 @@ from grape.item import Extensible
 from grape.judge.reply import PARSERS
 from grape.types import Name, Strict
 
-CLIENTS = ("openai", "replay")
-CLIENTS_TO_COME = ("vllm", "transformers")
-CONFIDENCES = ("verbal", "none")
-CONFIDENCES_TO_COME = ("logprob", "votes", "agreement")
+CLIENTS = ("openai", "transformers", "replay")
+CLIENTS_TO_COME = ("vllm",)
+CONFIDENCES = ("verbal", "logprob", "none")
+CONFIDENCES_TO_COME = ("votes", "agreement")
+NEEDS = {"openai": ("endpoint", "model"), "transformers": ("model",), "replay": ("replies",)}
+GOES_ONLY_WITH = {"replay": ("parser", "replies"), "transformers": ("batch", "dtype")}
+SAMPLING_HERE = {"temperature", "top_p", "max_tokens", "seed"}  # of client transformers
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
 RESERVED = {"model", "messages", "stream", "n"}  # what the client itself decides
 
@@ -88,7 +91,11 @@ class Price(Strict):
 
 
 class Judge(Extensible):
-    """One judge. ``endpoint``, ``api_key`` and ``model`` may be ``$NAME``, a variable of the environment."""
+    """One judge. ``endpoint``, ``api_key`` and ``model`` may be ``$NAME``, a variable of the environment.
+
+    With client transformers ``model`` is a folder (beside this file, or else where the command runs) or a name on the
+    hub, and ``batch`` calls are decoded together: with 1, what is asked beside a call changes no bit of its reply.
+    """
 
     judge: Name
     client: str = Field("openai", json_schema_extra={"enum": list(CLIENTS)})
@@ -103,6 +110,8 @@ class Judge(Extensible):
     fallback: Name | None = None
     price: Price | None = None
     concurrency: Annotated[int, Field(ge=1)] = 64
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    batch: Annotated[int, Field(ge=1)] = 1
     replies: str | None = None
     parser: Literal["json", "rating", "label"] = "json"
     _source: str = PrivateAttr("")
@@ -135,11 +144,20 @@ class Judge(Extensible):
 
     @model_validator(mode="after")
     def _complete(self) -> Judge:
-        needs = {"openai": ("endpoint", "model"), "replay": ("replies",)}[self.client]
-        if missing := [field for field in needs if getattr(self, field) is None]:
+        if missing := [field for field in NEEDS[self.client] if getattr(self, field) is None]:
             raise ValueError(f".{missing[0]}: client {self.client!r} needs it")
-        if self.client != "replay" and (extra := sorted({"replies", "parser"} & self.model_fields_set)):
-            raise ValueError(f".{extra[0]}: goes only with client: replay")
+        for client, fields in GOES_ONLY_WITH.items():
+            if self.client != client and (extra := sorted(self.model_fields_set.intersection(fields))):
+                raise ValueError(f".{extra[0]}: goes only with client: {client}")
+        if self.client == "transformers":
+            if unknown := sorted(set(self.sampling.params()) - SAMPLING_HERE):
+                raise ValueError(
+                    f".sampling.{unknown[0]}: client {self.client!r} has {', '.join(sorted(SAMPLING_HERE))}"
+                )
+            if self.sampling.max_tokens is None:
+                raise ValueError(f".sampling.max_tokens: client {self.client!r} needs it")
+        elif self.confidence == "logprob":
+            raise ValueError(".confidence: 'logprob' goes only with client: transformers")
         if self.parser != "json" and self.confidence != "none":
             raise ValueError(f".confidence: {self.confidence!r} is not available with parser {self.parser!r}; use none")
         for field, values in {"endpoint": self.endpoint, "api_key": [self.api_key], "model": [self.model]}.items():
@@ -179,6 +197,13 @@ class Judge(Extensible):
     def model_name(self) -> str:
         """The model, the variable filled in; the judge's own name where a replay judge names none."""
         return self.judge if self.model is None else self._fill("model", self.model)
+
+    @property
+    def form(self) -> str:
+        """What decides a reply, or how it is read, beside model, sampling and messages."""
+        if self.client != "transformers":
+            return self.parser
+        return f"{self.parser} {self.dtype}{' logprob' * (self.confidence == 'logprob')}"
 
     @property
     def verbal(self) -> bool:

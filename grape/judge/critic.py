@@ -174,7 +174,7 @@ class Critic:
         shown = [message["content"] for message in messages]
 
         def read(record: CallRecord) -> Reply:
-            return parse_reply(
+            reply = parse_reply(
                 _said(record),
                 item.scale,
                 parser=self.judge.parser,
@@ -182,13 +182,17 @@ class Critic:
                 finish_reason=record.finish_reason,
                 prompt=shown,
             )
+            if self.judge.confidence != "logprob":
+                return reply
+            assert record.confidence is not None, "the client gives it with every score"
+            return replace(reply, confidence=record.confidence)
 
         return read
 
     def _call(self, purpose: Purpose, trail: Trail, messages: tuple[Message, ...]) -> Call:
         subject = () if self._client.shown else (purpose, trail.response.response_id, trail.item.id)
         return Call(
-            key=call_key(self._model, self._sampling, messages, form=self.judge.parser, subject=subject),
+            key=call_key(self._model, self._sampling, messages, form=self.judge.form, subject=subject),
             judge=self.judge.judge,
             model=self._model,
             purpose=purpose,
@@ -237,6 +241,10 @@ def open_client(judge: Judge) -> Client:
         from grape.judge.replay import ReplayClient
 
         return ReplayClient(judge)
+    if judge.client == "transformers":
+        from grape.judge.local import LocalClient
+
+        return LocalClient(judge)
     from grape.judge.openai import OpenAIClient  # loads the openai package, which takes a while
 
     return OpenAIClient(judge)

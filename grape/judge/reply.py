@@ -87,6 +87,25 @@ def parse_json(text: str, scale: Scale, *, verbal: bool = True) -> Reply:
     return Reply(reasoning=reasoning, score=score, raw=raw, confidence=confidence)
 
 
+def score_span(text: str) -> tuple[int, int] | None:
+    """Where in a reply of our own form the characters of its score stand; None where it states none."""
+    try:
+        inner = _unwrap(text)
+        if not isinstance(DECODER.decode(inner), dict):
+            return None
+    except (JudgeError, json.JSONDecodeError, RecursionError):
+        return None
+    start, end = text.rindex(inner), 1
+    while '"' in inner[end:]:
+        key, end = DECODER.raw_decode(inner, inner.index('"', end))  # only a comma and white space before it
+        at = inner.index(":", end) + 1
+        at += len(inner[at:]) - len(inner[at:].lstrip())
+        end = DECODER.raw_decode(inner, at)[1]
+        if key == "score":
+            return start + at, start + end
+    return None
+
+
 def parse_prose(text: str, *, finish_reason: str | None = None) -> str:
     """A critique: the judge's text without its thinking. `JudgeError` for nothing, or a refusal."""
     if finish_reason in REFUSALS:

@@ -1,0 +1,182 @@
+"""A judge whose model runs here: transformers, in one thread beside the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from threading import Lock
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from grape.chat import chat_ids
+from grape.errors import ConfigError, GrapeError, one_line
+from grape.judge.call import Call, CallRecord, now
+from grape.judge.config import Judge
+from grape.judge.reply import score_span
+from grape.types import Message, Outcome
+
+if TYPE_CHECKING:
+    from grape.policy import Policy
+    from grape.rollout import Rollout
+
+TALK: tuple[Message, ...] = tuple(
+    {"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")
+)  # the longest kind of chat that a judge is asked
+LOADING = Lock()  # transformers reads one model at a time: it changes torch's defaults meanwhile
+
+
+class LocalClient:
+    """A judge's own model, loaded once by `reach` or the first call; `close` lets it go.
+
+    The same call gives the same bits, in a ``batch`` of 1 whatever else is asked. A call cannot be cut off: it ends
+    with ``max_tokens``, and ``timeout``, ``retries`` and ``price`` do not count. What the model has no room for is
+    outcome `transport`, as with a server.
+    """
+
+    shown = True
+
+    def __init__(self, judge: Judge) -> None:
+        self.judge = judge
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="grape-judge")
+        self._policy: Policy | None = None
+        self._tickets = itertools.count()
+        self._waiting: dict[int, Call] = {}
+        self._answers: dict[int, CallRecord] = {}
+        assert judge.sampling.max_tokens is not None, "such a judge has a limit"
+        self._limit = judge.sampling.max_tokens
+        self._room = math.inf
+
+    def repairs(self, call: Call) -> bool:
+        """Whether the model has room for the repair question."""
+        return len(self._prompt(self._load(), call)) + self._limit <= self._room
+
+    async def reach(self) -> None:
+        """Load the model; `ConfigError` where that cannot be, or where its template or context will not do."""
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
+
+    async def ask(self, call: Call) -> CallRecord:
+        """The model's reply."""
+        ticket = next(self._tickets)
+        self._waiting[ticket] = call
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._serve, ticket)
+        finally:
+            self._waiting.pop(ticket, None)
+
+    async def close(self) -> None:
+        """Let go of the model, once the call that is under way has ended. Closing twice is allowed."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._policy = None
+
+    def _load(self) -> Policy:
+        if self._policy is None:
+            need_torch(f"{self.judge.source}: client: transformers")
+            import torch
+
+            from grape.policy import load_policy
+            from grape.rollout import positions
+
+            where, name = f"{self.judge.source}: model", self.judge.model_name
+            beside = Path(self.judge.source).parent / name
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            model = str(beside) if beside.is_dir() else name
+            with LOADING:
+                policy = load_policy(model, dtype=self.judge.dtype, device=device, where=where)
+            chat_ids(policy.tokenizer, TALK, where)
+            self._room = positions(policy) or math.inf
+            if self._limit >= self._room:
+                raise ConfigError(
+                    f"{self.judge.source}: sampling.max_tokens: {self._limit} leave no room for a prompt: "
+                    f"the model has {self._room} positions"
+                )
+            self._policy = policy
+        return self._policy
+
+    def _serve(self, ticket: int) -> CallRecord:
+        """The answer to one call, got with those that wait behind it, as many as ``batch`` allows."""
+        if ticket not in self._answers:
+            others = [other for other in list(self._waiting) if other > ticket]
+            batch = {number: self._waiting.get(number) for number in [ticket, *others][: self.judge.batch]}
+            calls = {number: call for number, call in batch.items() if call is not None}
+            self._answers.update(zip(calls, self._answer(list(calls.values())), strict=True))
+        return self._answers.pop(ticket)
+
+    def _answer(self, calls: Sequence[Call]) -> list[CallRecord]:
+        """The records of calls that are decoded together, but for those that the model has no room for."""
+        from torch import OutOfMemoryError
+
+        policy, start = self._load(), perf_counter()
+        prompts = [self._prompt(policy, call) for call in calls]
+        replies: dict[int, Rollout | str] = {
+            number: f"{self._limit} max_tokens after a prompt of {len(prompt)} exceed {self._room} positions"
+            for number, prompt in enumerate(prompts)
+        }
+        fitting = [number for number, prompt in enumerate(prompts) if len(prompt) + self._limit <= self._room]
+        try:
+            said = self._decode(policy, [prompts[number] for number in fitting], [calls[number] for number in fitting])
+            replies.update(zip(fitting, said, strict=True))
+        except (GrapeError, OutOfMemoryError) as error:  # a GrapeError: the weights give no numbers
+            replies.update(dict.fromkeys(fitting, one_line(error)))
+        seconds = (perf_counter() - start) / len(calls)
+        return [self._record(policy, prompts[number], reply, seconds) for number, reply in replies.items()]
+
+    def _prompt(self, policy: Policy, call: Call) -> list[int]:
+        return chat_ids(policy.tokenizer, call.messages, f"judge {call.judge!r}")
+
+    def _decode(self, policy: Policy, prompts: list[list[int]], calls: list[Call]) -> list[Rollout]:
+        import torch
+
+        from grape.rollout import Sampling, sample
+
+        own = self.judge.sampling
+        sampling = Sampling(temperature=own.temperature or 0.0, top_p=own.top_p or 1.0, training=False)
+        device = policy.model.device
+        generators = [torch.Generator(device).manual_seed(int(call.key[:15], 16)) for call in calls]
+        return sample(policy, prompts, responses=1, max_tokens=self._limit, generator=generators, sampling=sampling)
+
+    def _record(self, policy: Policy, prompt: list[int], reply: Rollout | str, seconds: float) -> CallRecord:
+        if isinstance(reply, str):
+            return CallRecord(outcome=Outcome.TRANSPORT, detail=reply, latency=seconds, created=now())
+        return CallRecord(
+            reply=reply.text,
+            finish_reason=reply.finish,
+            latency=seconds,
+            input_tokens=len(prompt),
+            output_tokens=len(reply.token_ids),
+            confidence=score_confidence(policy.tokenizer, reply) if self.judge.confidence == "logprob" else None,
+            created=now(),
+        )
+
+
+def score_confidence(tokenizer: Any, reply: Rollout) -> float | None:
+    """The probability that the model gave to the score it wrote; None where the reply states none.
+
+    It is the product over the tokens that share a character with the score's JSON value, at temperature 1.
+    """
+    if (span := score_span(reply.text)) is None:
+        return None
+
+    def said(count: int) -> str:
+        ids = list(reply.token_ids[:count])
+        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    count = len(reply.token_ids)
+    first = bisect_right(range(count), span[0], key=lambda number: len(said(number + 1)))
+    total = 0.0
+    for number in range(first, count):
+        if said(number).startswith(reply.text[: span[1]]):  # where half a character stands, it does not
+            break
+        total += reply.logprobs[number]
+    return min(1.0, math.exp(total))
+
+
+def need_torch(where: str) -> None:
+    """`ConfigError` of one line where the libraries for local models are missing."""
+    if missing := [name for name in ("torch", "transformers", "peft") if find_spec(name) is None]:
+        raise ConfigError(f"{where}: {missing[0]} is not installed: pip install 'grape-rl[train]'")
