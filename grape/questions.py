@@ -7,8 +7,9 @@ import random
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import fsum, isfinite
+from math import fsum
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 from grape.config import DifficultyConfig, QuestionsConfig
@@ -23,6 +24,7 @@ SHOWN = 3  # faults that are said one by one; of the others the number
 FILES = {".jsonl", ".json", ".gz", ".parquet"}
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FIELDS = frozenset(QuestionRow.model_fields)
+MAX = float_info.max
 SPREAD = 0.2  # of the curriculum: standard deviation, as a share of all questions
 
 
@@ -35,14 +37,10 @@ class Questions:
 
     def only(self, ids: Iterable[str]) -> Questions:
         """These questions alone, in the order of the source."""
-        ids = set(ids)
-        old = self.rows
-        rows = Rows(
-            source=old.source,
-            questions={key: value for key, value in old.questions.items() if key in ids},
-            items={key: value for key, value in old.items.items() if key in ids},
-            places={key: value for key, value in old.places.items() if key in ids},
-        )
+        ids, old, rows = set(ids), self.rows, Rows(source=self.rows.source)
+        for name in (name for name in old.questions if name in ids):
+            rows.questions[name], rows.items[name] = old.questions[name], old.items[name]
+            rows.places[name] = old.places[name]
         return replace(self, rows=rows)
 
 
@@ -101,7 +99,10 @@ def _told(questions: Questions, skipped: list[str]) -> Questions:
 
 def _take(rows: Rows, place: str, data: Any, number: int, config: QuestionsConfig) -> None:
     """Add one row's question."""
-    row = parse(place, _shaped(place, data, number, config) if isinstance(data, Mapping) else data, QuestionRow)
+    if isinstance(data, Mapping):
+        row = parse(place, _shaped(place, data, number, config), QuestionRow, columns=data)
+    else:
+        row = parse(place, data, QuestionRow)
     if row.question_id in rows.questions:
         raise ConfigError(f"{place}: question_id: {row.question_id!r} stands already in {rows.places[row.question_id]}")
     question, items = row.to_question(), items_of(row, place)
@@ -150,7 +151,7 @@ def _column(data: Mapping[str, Any], column: str) -> Any:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and -MAX <= value <= MAX
 
 
 def _at(config: QuestionsConfig) -> Any:

@@ -149,8 +149,11 @@ def items_of(row: QuestionRow, place: str) -> list[Item]:
         raise ConfigError(f"{place}: {one_line(error).removeprefix('.')}") from error
 
 
-def parse(place: str, data: Any, model: type[AnyRow]) -> AnyRow:
-    """One row, strictly. What is wrong with it, be it no JSON even, is a `ConfigError` of one line."""
+def parse(place: str, data: Any, model: type[AnyRow], columns: Iterable[str] = ()) -> AnyRow:
+    """One row, strictly. What is wrong with it, be it no JSON even, is a `ConfigError` of one line.
+
+    ``columns`` are what the row had, where its fields are called otherwise.
+    """
     if isinstance(data, ConfigError):
         raise data
     try:
@@ -164,7 +167,7 @@ def parse(place: str, data: Any, model: type[AnyRow]) -> AnyRow:
         if any(fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1 for fault in error.errors()):
             raise ConfigError(f"{line}; further fields go under metadata") from error
         if fault["type"] == "missing" and isinstance(data, Mapping):
-            raise ConfigError(f"{line}; the row has: {', '.join(map(str, data))}") from error
+            raise ConfigError(f"{line}; the row has: {', '.join(map(str, columns or data))}") from error
         raise line from error
 
 
