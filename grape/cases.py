@@ -35,7 +35,7 @@ async def check(
     """Load rubrics (names, files or folders; all that are found where none is named) and run their cases.
 
     One record per rubric, with ``cases``: one record per expectation, ``passed`` True, False, or None where it was not
-    run: a judge's verdict is asked for only if ``live``, or if the judge replays stored replies.
+    run: a model's verdict is asked for only if ``live``, or if the judge replays stored replies.
     """
     for file in checkers:
         load_checkers(file)
@@ -84,7 +84,7 @@ async def _run_cases(
                     continue
                 verdict: Verdict | None = Verdict(item=item.id, outcome=Outcome.NOT_APPLICABLE)
                 if plan.weight[item.id] > 0:
-                    can = item.judge is None or item.judge in asked
+                    can = item.judge in asked if item.judge else item.check is not None or live
                     verdict = await panel.ask(plan.question, response, item) if can else None
                 results.append(_result(number, item.id, case.expect[item.id], verdict))
     return results

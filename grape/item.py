@@ -139,6 +139,11 @@ class Item(Extensible):
                 raise ValueError(f"item {self.id!r}: a judge needs a criterion")
             if "confidence" in given:
                 raise ValueError(f"item {self.id!r}: a judge states its own confidence; 'confidence' goes with check")
+        if self.raw and (wrong := sorted(given & {"calibrate", "gate"})):
+            raise ValueError(f"item {self.id!r}: {wrong[0]!r} does not go with raw: true, whose scores have no bounds")
+        if self.raw and (self.undesirable or self.on_failure == "worst"):
+            key = "polarity: undesirable" if self.undesirable else "on_failure: worst"
+            raise ValueError(f"item {self.id!r}: {key} does not go with raw: true, whose scores have no bounds")
         if self.check is not None:
             check_arguments(self.check, self.arguments)
         return self
@@ -147,6 +152,11 @@ class Item(Extensible):
     def kind(self) -> str:
         """The scoring flow of a leaf: check, judge or reward_model."""
         return "check" if self.check else "judge" if self.judge else "reward_model"
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether a judge or a reward model scores it: such items are left out where no model is to be asked."""
+        return self.judge is not None or self.reward_model is not None
 
     @property
     def undesirable(self) -> bool:

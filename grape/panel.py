@@ -1,4 +1,4 @@
-"""The judges and checkers at work: one response in, one verdict for each of its items out."""
+"""The judges, reward models and checkers at work: one response in, one verdict for each of its items out."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from grape.batch import Judged, fails_gate
 from grape.checkers import check_response
 from grape.item import Item
 from grape.judge.critic import Critic
+from grape.judge.reward_model import RewardModel
 from grape.plan import Plan
 from grape.types import Outcome, Question, Response, Verdict
 
@@ -35,6 +36,7 @@ class Panel:
     def __init__(self, critics: Mapping[str, Critic], sandbox: Sandbox | None = None) -> None:
         self._critics = critics
         self._sandbox = sandbox
+        self._reward_models: dict[str, RewardModel] = {}
         self._num_threads = max(4, os.cpu_count() or 1)
         self._threads = ThreadPoolExecutor(self._num_threads, thread_name_prefix="grape-checker")
 
@@ -43,17 +45,19 @@ class Panel:
 
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        await asyncio.gather(*(critic.close() for critic in self._critics.values()))
+        await asyncio.gather(*(model.close() for model in self._models()))
 
     def check(self, plans: Iterable[Plan]) -> None:
         """See that every judge's prompts can serve the items that it is asked; a `ConfigError` where not."""
         for item in {item.id: item for plan in plans for item in plan.applicable if item.judge}.values():
             assert item.judge is not None
             self._critics[item.judge].check(item)
+        for name in {item.reward_model for plan in plans for item in plan.applicable if item.reward_model}:
+            self._reward_model(name)  # for `reach`
 
     async def reach(self) -> None:
-        """See that every judge is there; a `ConfigError` of one line for the first that is not."""
-        await asyncio.gather(*(critic.reach() for critic in self._critics.values()))
+        """See that every judge and reward model is there; a `ConfigError` of one line for the first that is not."""
+        await asyncio.gather(*(model.reach() for model in self._models()))
 
     @property
     def width(self) -> int:
@@ -102,9 +106,19 @@ class Panel:
         """The verdict on one item."""
         if item.judge is not None:
             return await self._critics[item.judge].verdict(question, response, item)
+        if item.reward_model is not None:
+            return await self._reward_model(item.reward_model).verdict(question, response, item)
         assert item.check is not None, "a plan has no other kind of item"
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, _check, item, item.check, question, response, self._sandbox)
+
+    def _models(self) -> list[Critic | RewardModel]:
+        return [*self._critics.values(), *self._reward_models.values()]
+
+    def _reward_model(self, name: str) -> RewardModel:
+        if name not in self._reward_models:
+            self._reward_models[name] = RewardModel(name)
+        return self._reward_models[name]
 
 
 def _check(item: Item, name: str, question: Question, response: Response, sandbox: Sandbox | None) -> Verdict:

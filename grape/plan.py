@@ -56,12 +56,10 @@ def plan_question(rows: Rows, question_id: str, rubrics: Mapping[str, Rubric], *
             raise ConfigError(f"{place}: {path}.id: {item.id!r} is an item of rubric {rubric.rubric!r} already")
     holds = applies_to(question)
     tree = [*rubric.items, *own]
-    weight = weights(tree, lambda item: holds(item) and (use_judges or item.judge is None))
+    weight = weights(tree, lambda item: holds(item) and (use_judges or not item.asks_a_model))
     read = frozenset(field for _, item in paths("items", tree) for field in item.fields_read)
     plan = Plan(question=question, rubric=rubric, leaves=tuple(flatten(tree)), weight=weight, fields_read=read)
     for item in plan.applicable:
-        if item.reward_model is not None:
-            raise ConfigError(f"{place}: item {item.id!r}: a reward_model cannot be scored here; use check or judge")
         for field in item.row_fields.values():
             if question.get(field) is None:
                 has = [name for name in ROW_FIELDS if question.get(name) is not None] + list(question.metadata)

@@ -118,7 +118,7 @@ def verdict_rows(
             "imputed_score": settled.imputed.get(item.id),
             "reasoning": verdict.reasoning,
             "critique": verdict.critique,
-            "judge": judge.judge if judge else item.judge or item.check,
+            "judge": judge.judge if judge else item.judge or item.check or item.reward_model,
             "judge_hash": judge.hash if judge else None,
             "calls": json.dumps(verdict.calls),
             "attempts": verdict.attempts,

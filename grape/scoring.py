@@ -58,8 +58,8 @@ async def score(
     ``responses`` is a JSONL or Parquet file, or mappings (a `datasets.Dataset`, say). ``judges`` maps names used in
     rubrics to judge files. With ``log`` every verdict, judge call, reward and advantage is stored in that DuckDB file;
     ``resume`` takes up the last run of the same inputs in it, and asks nothing again that was answered. ``out`` gets
-    the records as JSON lines. ``use_judges=False`` leaves judge items out as not applicable. Programs run in
-    ``sandbox`` (default: confined on this machine).
+    the records as JSON lines. ``use_judges=False`` leaves items of judges and reward models out as not applicable.
+    Programs run in ``sandbox`` (default: confined on this machine).
 
     A record holds `response_id, question_id, category, reward` (None if unscorable), `advantage` and `items`.
     Raises `ConfigError`, before any work, for a wrong file, row or judge.
@@ -120,8 +120,8 @@ async def score(
 
 
 def _say_left_out(plans: Mapping[str, Plan]) -> None:
-    """Say which judge items a run without judges leaves out."""
-    left = {(plan.rubric.category, leaf.id) for plan in plans.values() for leaf in plan.leaves if leaf.judge}
+    """Say which items a run without judges leaves out."""
+    left = {(plan.rubric.category, leaf.id) for plan in plans.values() for leaf in plan.leaves if leaf.asks_a_model}
     if left:
         names = ", ".join(f"{category}/{item}" for category, item in sorted(left)[:8])
         more = ", ..." if len(left) > 8 else ""

@@ -115,8 +115,6 @@ def test_a_plan_weighs_the_items_that_apply():
          "category, question (or give the item `applies_when: {has: word}`)"),
         ({**ROW, "metadata": {"word": "x"}, "items": [{"id": "kind", "check": "contains", "with": {"text": "a"}}]},
          "row 1: items.0.id: 'kind' is an item of rubric 'support' already"),
-        ({**ROW, "metadata": {"word": "x"}, "items": [{"id": "rm", "reward_model": "some/model"}]},
-         "row 1: item 'rm': a reward_model cannot be scored here; use check or judge"),
     ],
 )  # fmt: skip
 def test_a_row_that_its_rubric_cannot_judge_is_one_line(row, line):

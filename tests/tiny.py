@@ -113,11 +113,11 @@ def tiny_judge(folder: Path, *, share: float = 0.75) -> Path:
     return folder
 
 
-def tiny_classifier(folder: Path, *, seed: int = 0, **config: Any) -> Path:
+def tiny_classifier(folder: Path, kind: str = "qwen3", *, seed: int = 0, **config: Any) -> Path:
     """A random reward model and its tokenizer, saved: one logit for a chat."""
     shape = {**SHAPE, "vocab_size": len(CONTROL) + len(CHARS), "num_labels": 1, **config}
     generator = torch.Generator().manual_seed(seed)
-    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("qwen3", **shape), dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **shape), dtype=torch.float32)
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() > 1:
