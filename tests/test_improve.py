@@ -170,7 +170,7 @@ CANARIES = {
     "entry_point": "canary_entry",
     "edge": ["canary-EDGE", "canary 2"],
     "number": 987654.25,
-    "sft": "The given answer is canary-SFT, as all know.",
+    "sft": "canary-SFT",
     "notes": "a long remark that no checker is given: canary-NOTES",
 }
 FOUND = ("canary", "987654")

@@ -341,7 +341,8 @@ def test_without_a_query_tables_and_views_are_listed_with_their_comments(log):
     assert result.columns == ("name", "kind", "rows", "comment")
     assert ("rewards", "table", 2) in [row[:3] for row in result.rows]
     assert [row[0] for row in result.rows if row[1] == "view"] == [
-        "dictionary", "failure_siblings", "failures", "item_credit", "item_health", "judge_cost", "response_scores",
+        "dictionary", "failure_siblings", "failures", "improve_effect", "item_credit", "item_health", "judge_cost",
+        "moved_most", "response_scores", "training_curve",
     ]  # fmt: skip
     assert all(comment for *_, comment in result.rows)
     assert not {"meta", "spools"} & {row[0] for row in result.rows}

@@ -42,8 +42,9 @@ def test_every_table_view_and_column_has_a_comment_that_fits_a_line(log):
     assert len(columns) > 180
     assert [f"{name}.{column}" for name, column, comment in columns if not comment] == []
     assert {name for name, _, _ in columns} == {
-        "dictionary", "failure_siblings", "failures", "item_credit", "item_health", "judge_calls", "judge_cost",
-        "questions", "response_scores", "responses", "rewards", "runs", "steps", "verdicts",
+        "dictionary", "failure_siblings", "failures", "improve_effect", "item_credit", "item_health", "judge_calls",
+        "judge_cost", "moved_most", "questions", "response_scores", "responses", "rewards", "runs", "steps",
+        "training_curve", "verdicts",
     }  # fmt: skip
 
 
@@ -86,7 +87,8 @@ def test_response_scores_shows_what_a_response_earned_and_who_judged(log):
     response = {"run": "r", "step": 0, "question_id": "q", "response_id": "a", "category": "math", "response": "text"}
     log.append(
         responses=[
-            {**response, "route": "given", "metadata": {"model": "m"}},
+            {**response, "route": "improve", "metadata": {"model": "m"}, "parent_id": "b", "control": "own",
+             "finish_reason": "stop", "num_tokens": 7},
             {**response, "response_id": "b"},
             {**response, "question_id": "p"},
         ],
@@ -98,11 +100,12 @@ def test_response_scores_shows_what_a_response_earned_and_who_judged(log):
             failed("q", "a", "na", "not_applicable", weight=0.0, applicable=False, judge="four"),
         ],
         rewards=[{**{k: response[k] for k in ("run", "step", "question_id", "response_id")}, "reward": 0.7,
-                  "advantage": -0.1, "weighted": 0.6, "gate": "late"}],
+                  "advantage": -0.1, "weighted": 0.6, "gate": "late", "penalty": -0.25, "trained": True}],
     )  # fmt: skip
     first, second, third = records(log, "FROM response_scores ORDER BY question_id DESC, response_id")
     assert first == {
-        "run": "r", "step": 0, "question_id": "q", "response_id": "a", "category": "math", "route": "given",
+        "run": "r", "step": 0, "question_id": "q", "response_id": "a", "category": "math", "route": "improve",
+        "parent_id": "b", "control": "own", "finish_reason": "stop", "num_tokens": 7, "penalty": -0.25, "trained": True,
         "metadata": '{"model":"m"}', "reward": 0.7, "advantage": -0.1, "weighted": 0.6, "num_items": 4, "num_failed": 1,
         "judges": ["one", "three", "two"], "failed_judges": ["two"], "gate": "late", "unscorable": None,
         "response": "text",
@@ -213,3 +216,90 @@ def test_views_join_rows_outside_training_whose_step_is_null(log):
     assert log.query("SELECT reward, num_failed FROM response_scores") == [(1.0, 1)]
     assert log.query("SELECT outcome FROM item_credit") == [("timeout",)]
     assert log.query("SELECT reward FROM failure_siblings") == [(1.0,)]
+
+
+def answered(question: str, response: str, weighted: float | None, **more: Any) -> dict[str, dict[str, Any]]:
+    """A response and its reward: fresh, in step 1, unless something else is said."""
+    key = {"run": "r", "step": 1, "question_id": question, "response_id": response, "category": "math"}
+    names = ("route", "parent_id", "control", "num_tokens", "finish_reason")
+    response_row = {**key, "route": "fresh", **{name: more.pop(name) for name in names if name in more}}
+    return {"responses": response_row, "rewards": {**key, "weighted": weighted, "reward": weighted, **more}}
+
+
+def append(log: Log, *rows: dict[str, dict[str, Any]], **key: Any) -> None:
+    log.append(**{table: [{**row[table], **key} for row in rows] for table in ("responses", "rewards")})
+
+
+def test_training_curve_has_rewards_lengths_and_dead_groups_by_step_and_category(log):
+    append(
+        log,
+        answered("q", "a", 0.2, advantage=-0.3, num_tokens=10, finish_reason="stop"),
+        answered("q", "b", 0.8, advantage=0.3, num_tokens=20, finish_reason="length", route="improve"),
+        answered("dead", "a", 0.5, advantage=0.0, num_tokens=30, finish_reason="stop"),
+        answered("dead", "b", None, advantage=0.0, unscorable="all failed"),
+    )
+    append(log, answered("other", "a", 0.25, advantage=0.0), category="code")
+    append(log, answered("q", "a", 1.0, advantage=0.5), step=2)
+    log.append(responses=[{"run": "r", "step": 2, "question_id": "p", "response_id": "a", "category": "math"}])
+    code, first, second = records(log, "FROM training_curve ORDER BY step, category")
+    assert first == {
+        "run": "r", "step": 1, "category": "math", "responses": 4, "groups": 2, "dead_groups": 1,
+        "mean_reward": pytest.approx(0.5), "mean_weighted": pytest.approx(0.5), "fresh_weighted": pytest.approx(0.35),
+        "improved_weighted": 0.8, "advantage_spread": pytest.approx((0.18 / 4) ** 0.5), "mean_tokens": 20.0,
+        "share_truncated": pytest.approx(1 / 3), "share_unscorable": 0.25,
+    }  # fmt: skip
+    assert (code["category"], code["dead_groups"], code["mean_reward"]) == ("code", 1, 0.25)
+    assert (second["step"], second["groups"], second["dead_groups"], second["advantage_spread"]) == (2, 2, 0, 0.0)
+
+
+def test_moved_most_is_each_items_share_of_the_credit_of_what_was_trained_on(log):
+    append(
+        log,
+        answered("q", "a", 0.5, credit={"style": -0.5, "tests": 0.125}, trained=True),
+        answered("q", "b", 0.5, credit={"style": 0.5, "tests": 0.125, "+length": -0.25}),
+        answered("q", "c", 0.5, credit={"tests": 9.0}, trained=False),
+    )
+    append(log, answered("q", "a", 0.5, credit={"style": 0.5}, trained=True), category="code")
+    append(log, answered("q", "a", 0.5, credit={"still": 0.0}), run="s")
+    assert [tuple(row.values()) for row in records(log, "FROM moved_most")] == [
+        ("r", "math", "style", 2, 0.5, 1.0, 0.5),
+        ("r", "code", "style", 1, 0.5, 0.5, 0.25),
+        ("r", "math", "+length", 1, 0.25, 0.25, 0.125),
+        ("r", "math", "tests", 2, 0.125, 0.25, 0.125),
+        ("s", "math", "still", 1, 0.0, 0.0, None),
+    ]
+
+
+def better(question: str, response: str, weighted: float | None, parent: str, control: str | None = "own", **more: Any):
+    return answered(question, response, weighted, route="improve", parent_id=parent, control=control, **more)
+
+
+def test_improve_effect_compares_within_groups_and_with_parents_per_assessment(log):
+    append(log, answered("q", "old", 0.25), answered("p", "old", 0.5), answered("s", "old", 0.0), step=0)
+    append(
+        log,
+        answered("q", "f1", 0.25), answered("q", "f2", 0.75),  # the fresh mean is 0.5
+        better("q", "i1", 0.625, "old"), better("q", "i2", 0.875, "old", None),  # 0.75: one pair, gain 0.25
+        better("q", "i3", 0.5, "f2", "shuffled"),  # gain 0
+        answered("p", "f1", 0.5), better("p", "i1", 1.0, "old"),  # gain 0.5
+        better("p", "i2", 0.25, "old", "shuffled"),  # gain -0.25
+        better("p", "i3", 0.25, "old", "none"),
+        answered("p", "given", 0.0, route="sft"), answered("p", "broken", None), better("p", "i4", None, "old"),
+        better("s", "i1", 0.5, "old"),  # no fresh ones beside it: only its parent
+    )  # fmt: skip
+    append(log, answered("q", "old", 1.0), better("q", "i1", 0.5, "missing"), run="other")
+    own, shuffled, none = records(log, "FROM improve_effect WHERE run = 'r'")
+    assert (own["control"], own["responses"], own["n"], own["gain"]) == ("own", 4, 2, 0.375)
+    assert (own["mean_improved"], own["mean_fresh"]) == (0.875, 0.5)
+    assert own["se"] == pytest.approx(0.125)
+    assert (own["low"], own["high"]) == pytest.approx((0.375 - 0.245, 0.375 + 0.245))
+    assert (own["own_more"], own["own_low"]) == (None, None)
+    assert (own["parents"], own["over_parent"]) == (3, 0.5)  # (0.75 - 0.25, 1 - 0.5, 0.5 - 0)
+    assert (own["parent_se"], own["parent_low"], own["parent_high"]) == (0.0, 0.5, 0.5)
+    assert (shuffled["control"], shuffled["n"], shuffled["gain"], shuffled["own_more"]) == ("shuffled", 2, -0.125, 0.5)
+    assert shuffled["over_parent"] == pytest.approx((-0.25 - 0.25) / 2)
+    half = 1.96 * (2 * 0.125**2) ** 0.5
+    assert (shuffled["own_low"], shuffled["own_high"]) == pytest.approx((0.5 - half, 0.5 + half))
+    assert (none["control"], none["n"], none["gain"], none["se"], none["own_more"]) == ("none", 1, -0.25, None, 0.625)
+    (other,) = records(log, "FROM improve_effect WHERE run = 'other'")
+    assert (other["gain"], other["parents"], other["over_parent"]) == (-0.5, 0, None)

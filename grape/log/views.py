@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from grape.log.curves import QUERIES as CURVES
 from grape.log.tables import quote
 
 # `-- name: comment`, then the query; the comment of each of its columns stands behind it.
@@ -59,9 +60,15 @@ SELECT
   r.response_id AS response_id,                              -- the response
   r.category AS category,                                    -- the question's category
   r.route AS route,                                          -- where it came from: given, fresh, improve or sft
+  r.parent_id AS parent_id,                                  -- the response that it improves
+  r.control AS control,                                      -- whose assessment it was shown: own, shuffled or none
+  r.finish_reason AS finish_reason,                          -- why generation ended: stop, length, ...
+  r.num_tokens AS num_tokens,                                -- length in tokens of the policy
   r.metadata AS metadata,                                    -- further fields of its row, such as its model
   w.reward AS reward,                                        -- by the rubric's formula; NULL if unscorable
+  w.penalty AS penalty,                                      -- what was added to the reward before the baseline
   w.advantage AS advantage,                                  -- what the optimizer uses
+  w.trained AS trained,                                      -- whether the optimizer took it
   coalesce(w.weighted, c.measured) AS weighted,              -- sum of weight x score after polarity
   coalesce(c.items, 0) AS num_items,                         -- items that apply
   coalesce(c.failed, 0) AS num_failed,                       -- verdicts without a score where one was due
@@ -204,4 +211,4 @@ def create(text: str) -> str:
     return ";\n".join([*script, ""])
 
 
-VIEWS = create(QUERIES)
+VIEWS = create(QUERIES + CURVES)
