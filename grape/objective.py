@@ -152,7 +152,7 @@ class Objective:
         if self.config.value and value_BT is not None:
             value_BT = value_BT.detach()
             last_BT = batch.mask_BT & (batch.mask_BT.flip(1).long().cumsum(1).flip(1) == 1)
-            reward_BT = torch.where(last_BT, batch.reward_B[:, None], 0.0)
+            reward_BT = torch.where(last_BT, batch.reward_B[:, None].to(value_BT), 0.0)
             reward_BT = reward_BT if penalty_BT is None else reward_BT + penalty_BT
             gamma, lam = self.config.value.gamma, self.config.value.lam
             advantage, return_BT = gae(reward_BT, value_BT, batch.mask_BT, gamma=gamma, lam=lam)
@@ -201,9 +201,11 @@ class Objective:
 
 
 def value_head(model: Any) -> torch.nn.Linear:
-    """A value for each hidden state: 0 at first, so that the first advantages are the rewards to come."""
-    size = causal_lm(model).get_output_embeddings().in_features
-    head = torch.nn.Linear(size, 1, device="meta").to_empty(device=model.device)  # draws no random numbers
+    """A value for each hidden state, in float32 at least: 0 at first, so that the first advantages are the rewards."""
+    logits_of = causal_lm(model).get_output_embeddings()
+    dtype = torch.promote_types(logits_of.weight.dtype, torch.float32)
+    head = torch.nn.Linear(logits_of.in_features, 1, device="meta", dtype=dtype)  # draws no random numbers
+    head = head.to_empty(device=model.device)
     torch.nn.init.zeros_(head.weight)
     torch.nn.init.zeros_(head.bias)
     return head

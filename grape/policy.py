@@ -94,7 +94,7 @@ def load_policy(
     elif lora:
         loaded = add_lora(loaded, lora, seed)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Policy(model=loaded.to(device), tokenizer=tokenizer, stop_ids=tuple(sorted(stop_ids)), pad_id=pad_id)
+    return Policy(model=loaded.eval().to(device), tokenizer=tokenizer, stop_ids=tuple(sorted(stop_ids)), pad_id=pad_id)
 
 
 def read_model(folder: Path, dtype: Dtype, where: str) -> Any:
