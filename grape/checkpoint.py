@@ -45,8 +45,8 @@ class Checkpoints:
         self.folder = Path(config.dir)
         self._journal = self.folder / "journal"
 
-    def begin(self, run: str, identity: Mapping[str, str], *, resume: bool, allow_changes: bool) -> str:
-        """The name of the run that this folder holds from now on: ``run``, or the one that is resumed.
+    def check(self, run: str, identity: Mapping[str, str], *, resume: bool, allow_changes: bool) -> str:
+        """The name of the run that this folder is to hold: ``run``, or the one that is resumed. Nothing is written.
 
         ``identity`` holds a hash of each part that decides the result. A part that changed since is an error, unless
         allowed.
@@ -68,12 +68,15 @@ class Checkpoints:
                     "--allow-changes goes on all the same"
                 )
             run = known["run"]
+        return run
+
+    def claim(self, run: str, identity: Mapping[str, str]) -> None:
+        """Hold this run from now on."""
         try:
             self._journal.mkdir(parents=True, exist_ok=True)
-            _write(file, json.dumps({"run": run, "identity": dict(identity)}, indent=1).encode())
+            _write(self.folder / "run.json", json.dumps({"run": run, "identity": dict(identity)}, indent=1).encode())
         except OSError as error:
             raise ConfigError(f"{self.folder}: {error.strerror}") from error
-        return run
 
     def latest(self) -> Saved | None:
         """The last checkpoint."""

@@ -319,12 +319,16 @@ def train(
 
 
 def _needs_torch() -> None:
-    """One line where the extra is not installed."""
+    """One line where the extra is not installed; and where it is, no chatter of its libraries."""
     from importlib.util import find_spec
 
     for package in ("torch", "transformers", "accelerate", "peft", "datasets"):
         if find_spec(package) is None:
             raise ConfigError(f"training needs the package {package}: pip install 'grape-rl[train]'")
+    from transformers.utils import logging as told
+
+    told.disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading weights: noise beside the run's own
+    told.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 @cli.command()
@@ -366,13 +370,27 @@ def checkers(name: str | None, checkers: tuple[Path, ...]) -> None:
 @cli.command()
 @click.option("--log", type=FILE, default=Path("quickstart.duckdb"), show_default=True, help="The critique log.")
 def quickstart(log: Path) -> None:
-    """Score real responses of four models to maths questions, and show what SQL can ask."""
+    """Train a small policy on two tasks by its rubrics, in two minutes, and show what SQL can ask."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin stall a busy machine
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is so small is slower on two cores
+    _needs_torch()
     from grape.log.query import render, sql
-    from grape.report import score_summary, score_table, show
-    from grape.tour import QUESTIONS, quickstart
+    from grape.progress import TrainingProgress, curve, heldout_table
+    from grape.report import show
+    from grape.tour import CRITIQUES, QUESTIONS, quickstart
+    from grape.training import StepReport
 
-    records = _with_progress(lambda progress: quickstart(log, progress))
-    show(score_table(records), "", score_summary(records))
+    with TrainingProgress("quickstart") as bar, redirect_stdout(sys.stderr):
+
+        def report(step: StepReport) -> None:
+            bar.step(step.step, step.steps, step.metrics, step.seconds)
+
+        done = asyncio.run(quickstart(log, report=report))
+    show(heldout_table(done.heldout), "")
+    show(f"score in training  {bar.rewards[0]:.3f} {curve(bar.rewards, 50)} {bar.rewards[-1]:.3f}", "")
+    show("Three critiques", "")
+    render(sql(CRITIQUES, log), "table", sys.stdout)
     for title, query in QUESTIONS.items():
         show("", title, f'  grape sql --log {log} "', *(f"  {line}" for line in f'{query}"'.splitlines()), "")
         render(sql(query, log), "table", sys.stdout)
+    show("", f"log: {log}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -24,6 +25,7 @@ from grape.plan import Plan
 from grape.step import settled_groups
 from grape.types import Question
 
+logger = logging.getLogger("grape")
 Earlier = Mapping[str, Sequence[Previous]]
 
 
@@ -47,6 +49,7 @@ class Groups:
         self._log = log
         self._run = run
         self._improves = bool(config.improve.share or config.improve.probability)
+        self._told = False  # that an improvement prompt was too long
         self._hidden = (config.sft.field,) if config.sft else ()
         if self._improves:
             for plan in plans.values():
@@ -95,7 +98,15 @@ class Groups:
             for asked, control in group.improving:
                 if chosen is None or self._config.improve.context == "canonical":
                     chosen = pick(earlier[asked.plan.question.question_id], self._config.improve.pick, group.rng)
-                made.append(self._improving(asked, chosen, control, pool, group.rng) or asked)
+                improving = self._improving(asked, chosen, control, pool, group.rng)
+                if improving is None and not self._told:
+                    self._told = True
+                    logger.warning(
+                        "an improvement prompt leaves no room for %d tokens in the policy's context: such responses "
+                        "are fresh ones instead (improve.max_chars shortens the assessment)",
+                        self._config.sampling.max_tokens,
+                    )
+                made.append(improving or asked)
         return made
 
     def _improving(

@@ -68,9 +68,9 @@ async def train(
 ) -> Trained:
     """Train a policy by GRAPE as a `run.yaml` says; ``overrides`` are `loss.clip_high=0.28` and the like.
 
-    ``resume`` goes on after the last checkpoint, and ends with the weights of an uninterrupted run, to the bit on a CPU.
-    What changed since then (a rubric, a prompt, a judge, the configuration) is an error unless ``allow_changes``. Every
-    response, verdict, reward and step is in the log. Raises `ConfigError`, before any work, for a wrong file, row or
+    ``resume`` goes on after the last checkpoint, and ends with the weights of an uninterrupted run, on a CPU to the
+    bit. What changed since then (a rubric, a prompt, a judge, the configuration) is an error unless ``allow_changes``.
+    Every response, verdict, reward and step is in the log. Raises `ConfigError`, before any work, for a wrong file, row or
     judge, and `GrapeError` where numbers are not finite, before they reach the weights.
     """
     config = run if isinstance(run, RunConfig) else load_run(run, overrides)
@@ -80,13 +80,17 @@ async def train(
         raise ConfigError("checkpoint: is not set, so there is nothing to resume from")
     accelerator = make_accelerator(config)
     material = read_material(config)
+    if config.questions.difficulty is None:
+        material.order()  # too few questions are an error now
     checkpoints = Checkpoints(config.checkpoint) if config.checkpoint else None
+    name, parts = new_name(), identity(config, material)
+    if checkpoints:
+        name = checkpoints.check(name, parts, resume=resume, allow_changes=allow_changes)
     saved = checkpoints.latest() if checkpoints and resume else None
+    if saved and saved.step >= config.steps:
+        logger.warning("run %s is finished: it has %d steps", name, saved.step)
     policy = _policy(config, saved, str(accelerator.device))
     async with AsyncExitStack() as stack:
-        name = new_name()
-        if checkpoints:
-            name = checkpoints.begin(name, identity(config, material), resume=resume, allow_changes=allow_changes)
         store = stack.enter_context(Log(config.log))
         stack.enter_context(hold(store, name))
         critics = make_critics(material.judges, store, name, answered_calls(store, name) if resume else None)
@@ -97,14 +101,17 @@ async def train(
         stack.callback(collector.close)
         material.check_room(collector)
         loop = Loop(config, material, name, store, collector, checkpoints)
-        if not store.query("select 1 from runs where run = ?", [name]):
-            store.append(runs=[run_row(name, "train", config, material)])
         if config.evaluate:
-            loop.heldout = await stack.enter_async_context(Heldout(config, name, store, collector, material, sandbox))
-        reference = _reference(config, str(accelerator.device))
-        optimizer = Optimizer(policy, config, accelerator, reference=reference)
+            loop.heldout = Heldout(config, name, store, collector, material, sandbox)
+        optimizer = Optimizer(policy, config, accelerator, reference=_reference(config, str(accelerator.device)))
         if saved:
             optimizer.load_state_dict(saved.optimizer())
+        if checkpoints:
+            checkpoints.claim(name, parts)  # from here on the folder and the log hold the run
+        if not store.query("select 1 from runs where run = ?", [name]):
+            store.append(runs=[run_row(name, "train", config, material)])
+        if loop.heldout:
+            await stack.enter_async_context(loop.heldout)
         if config.trackers:
             accelerator.init_trackers("grape", config={"run": name, **_flat(config.model_dump())})
             stack.callback(accelerator.end_training)

@@ -21,13 +21,22 @@ items:
 """
 JUDGED = RUBRIC + "  - {id: pleasant, criterion: Is pleasant to read., weight: 1, judge: default}\n"
 
+IMPROVE = """
+{% block user %}{{ question }} Not {{ response }}:{% for item in items %} {{ item.id }} {{ item.reasoning }}{% endfor %}{% endblock %}
+"""
+
 
 def apprentice(folder: Path, *, judge: str | None = None, questions: int = 8, **sections: Any) -> Path:
-    """A folder with everything that its `run.yaml` names; ``sections`` replace or add sections. ``judge`` is a URL."""
+    """A folder with everything that its `run.yaml` names; ``sections`` replace or add sections. ``judge`` is a URL.
+
+    Its short improvement prompt is found where $GRAPE_HOME is the folder.
+    """
     if not (folder / "policy").exists():
         tiny_folder(folder / "policy")
     (folder / "rubrics").mkdir(exist_ok=True)
     (folder / "rubrics/letters.yaml").write_text(JUDGED if judge else RUBRIC)
+    (folder / "prompts/improve").mkdir(parents=True, exist_ok=True)
+    (folder / "prompts/improve/default.jinja").write_text(IMPROVE)
     rows = [{"question_id": f"q{n}", "question": f"Write {n}.", "reference": f"canary-{n}"} for n in range(questions)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
     run: dict[str, Any] = {
@@ -42,7 +51,14 @@ def apprentice(folder: Path, *, judge: str | None = None, questions: int = 8, **
         "log": str(folder / "log.duckdb"),
     }
     if judge:
-        settings = {"judge": "default", "client": "openai", "endpoint": judge, "model": "m", "timeout": 10, "retries": 1}
+        settings = {
+            "judge": "default",
+            "client": "openai",
+            "endpoint": judge,
+            "model": "m",
+            "timeout": 10,
+            "retries": 1,
+        }
         (folder / "judge.yaml").write_text(json.dumps(settings))
         run["judges"] = {"default": str(folder / "judge.yaml")}
     for name, section in sections.items():

@@ -10,11 +10,10 @@ import shutil
 import pytest
 import torch
 from apprentice import apprentice, ask, fair
-from loopback import Answer, JudgeServer
+from loopback import JudgeServer
 from safetensors.torch import load_file
 
 import grape
-from grape.config import load_run
 from grape.errors import ConfigError
 
 
@@ -71,13 +70,194 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
 
 
 def test_training_raises_what_the_rubric_asks_for(tmp_path):
-    path = apprentice(
-        tmp_path, steps=40, sampling={"questions": 8, "responses": 8}, optimizer={"lr": 3e-3}, checkpoint=None
+    sampling = {"questions": 8, "responses": 8}
+    train(apprentice(tmp_path, steps=12, sampling=sampling, optimizer={"lr": 5e-3}, checkpoint=None))
+    scores = ask(
+        tmp_path / "log.duckdb", "select avg(score) from verdicts where item = 'starts' group by step order by step"
     )
+    assert scores[-1][0] > scores[0][0] + 0.3
+
+
+def test_improved_responses_follow_to_what_they_improve_and_both_log_probabilities_are_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAPE_HOME", str(tmp_path))
+    with JudgeServer(fair) as server:
+        train(apprentice(tmp_path, judge=server.url, questions=4, improve={"share": 0.5, "controls": 0.25}, steps=3))
+    log = tmp_path / "log.duckdb"
+    assert ask(log, "select step, route, count(*) from responses group by all order by all") == [
+        (1, "fresh", 16), (2, "fresh", 8), (2, "improve", 8), (3, "fresh", 8), (3, "improve", 8),
+    ]  # fmt: skip
+    parents = ask(
+        log,
+        "select count(*), bool_and(p.question_id = r.question_id), bool_and(p.step = r.step - 1)"
+        " from responses r join responses p on p.response_id = r.parent_id",
+    )
+    assert parents == [(16, True, True)]
+    assert {control for (control,) in ask(log, "select distinct control from responses")} <= {
+        None,
+        "own",
+        "shuffled",
+        "none",
+    }
+    drawn = ask(log, "select route, logprob_sampled, logprob_trained from responses where step > 1")
+    for route, sampled, trained in drawn:
+        if route == "fresh":
+            assert trained == pytest.approx(sampled, abs=1e-3)
+        else:  # the same tokens in another context
+            assert abs(trained - sampled) > 1e-3
+    ((gap,),) = ask(log, "select (metrics->>'off_policy/gap')::double from steps where step = 3")
+    means = ask(
+        log,
+        "select sum(logprob_sampled - logprob_trained) / sum(num_tokens) from responses where step = 3 and route = 'improve'",
+    )
+    assert gap == pytest.approx(means[0][0], abs=1e-6)
+
+
+def test_improvements_within_a_step_and_out_of_the_baseline(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAPE_HOME", str(tmp_path))
+    improve = {"share": 0.5, "source": "step", "pick": "best", "baseline": False, "negative": False}
+    train(apprentice(tmp_path, improve=improve, steps=2))
+    log = tmp_path / "log.duckdb"
+    assert ask(
+        log, "select count(*) from responses r join responses p on p.response_id = r.parent_id and p.step = r.step"
+    ) == [(16,)]
+    ((wrong, negative, masked),) = ask(
+        log,
+        "select max(abs(advantage - (reward - base))), count(*) filter (route = 'improve' and advantage < 0),"
+        " count(*) filter (not trained) from (select *, avg(reward) filter (in_baseline)"
+        " over (partition by step, question_id) as base from rewards join responses using (run, step, response_id, question_id))"
+        " where base is not null",
+    )
+    assert wrong < 1e-12
+    assert negative == masked > 0
+
+
+def test_a_given_answer_is_a_member_of_its_group(tmp_path):
+    path = apprentice(tmp_path, sft={"field": "reference"}, steps=1)
     train(path)
     log = tmp_path / "log.duckdb"
-    ((before,), (after,)) = [
-        ask(log, f"select avg(score) from verdicts where item = 'starts' and step {steps}")[0]
-        for steps in ("<= 3", ">= 38")
-    ]
-    assert after > before + 0.3
+    found = ask(
+        log,
+        "select response, logprob_sampled, trained from responses join rewards using (run, step, response_id) where route = 'sft' order by response",
+    )
+    assert len(found) == 4
+    assert all(text.startswith("canary-") and sampled is None and trained for text, sampled, trained in found)
+    assert ask(log, "select count(*) from responses") == [(16,)]
+    train(path, f"checkpoint.dir={tmp_path}/other", "sft.use=baseline", f"log={tmp_path}/other.duckdb")
+    assert ask(tmp_path / "other.duckdb", "select count(*) from rewards where in_baseline and not trained") == [(4,)]
+
+
+@pytest.mark.parametrize(
+    ("truncation", "reward"),
+    [({"how": "mask"}, None), ({"how": "penalty", "penalty": -0.5}, -0.5), ({"how": "soft", "buffer": 4}, 0.0)],
+)
+def test_a_response_that_was_cut_is_not_judged(tmp_path, truncation, reward):
+    train(apprentice(tmp_path, truncation=truncation, steps=1))
+    log = tmp_path / "log.duckdb"
+    rows = ask(
+        log,
+        "select r.reward, r.penalty, r.trained, r.unscorable, (select list(distinct outcome) from verdicts v where"
+        " v.response_id = r.response_id), a.num_tokens from rewards r join responses a using (run, step, response_id)"
+        " where a.finish_reason = 'length'",
+    )
+    assert rows
+    for got, penalty, trained, why, outcomes, tokens in rows:
+        assert got == reward
+        assert outcomes == ["skipped"]
+        assert tokens == 8
+        assert trained is (reward is not None)
+        assert why == ("cut at 8 tokens" if reward is None else None)
+        assert penalty == (-1.0 if truncation["how"] == "soft" else 0.0)
+    whole = ask(
+        log,
+        "select penalty, num_tokens from rewards join responses using (run, step, response_id) where finish_reason = 'stop'",
+    )
+    for penalty, tokens in whole:  # (8 - 4 - length) / 4, and 0 at the most
+        assert penalty == (min(0.0, (4 - tokens) / 4) if truncation["how"] == "soft" else 0.0)
+
+
+def test_dynamic_sampling_draws_further_questions_for_dead_groups(tmp_path):
+    rubric = (
+        "rubric: letters\nitems: [{id: starts, criterion: Starts with a., check: regex, with: {pattern: '^[a-d]'}}]"
+    )
+    path = apprentice(tmp_path, questions=20, steps=2, sampling={"questions": 4, "responses": 2, "rounds": 3})
+    (tmp_path / "rubrics/letters.yaml").write_text(rubric)
+    train(path)
+    log = tmp_path / "log.duckdb"
+    for step in (1, 2):
+        groups = ask(
+            log, f"select question_id, bool_or(trained), max(advantage) from rewards where step = {step} group by 1"
+        )
+        assert len(groups) > 4
+        assert sum(trained for _, trained, _ in groups) == 4
+        alive = sum(best != 0 for *_, best in groups)
+        assert sum(trained and best != 0 for _, trained, best in groups) == min(4, alive)
+
+
+def test_only_questions_of_middling_difficulty_are_kept(tmp_path):
+    path = apprentice(tmp_path, questions=12, steps=2, sampling={"questions": 2, "responses": 4})
+    run = json.loads(path.read_text())
+    run["questions"] |= {"difficulty": {"low": 0.1, "high": 0.4, "responses": 4}, "order": "easy-to-hard"}
+    path.write_text(json.dumps(run))
+    done = train(path)
+    log = tmp_path / "log.duckdb"
+    means = dict(
+        ask(log, f"select question_id, avg(weighted) from rewards where run = '{done.run}.difficulty' group by 1")
+    )
+    assert len(means) == 12
+    trained = {name for (name,) in ask(log, f"select distinct question_id from rewards where run = '{done.run}'")}
+    assert trained <= {name for name, mean in means.items() if 0.1 <= mean <= 0.4}
+    assert {kind for (kind,) in ask(log, "select kind from runs")} == {"difficulty", "train"}
+
+
+def test_held_out_questions_are_scored_before_and_after_by_a_judge_of_their_own(tmp_path):
+    path = apprentice(tmp_path, steps=3)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/letters.yaml").write_text(
+        "rubric: strict\ncategory: letters\nitems: [{id: nice, criterion: Nice., judge: default}]"
+    )
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"question_id": "h", "question": "Write h."}))
+    with JudgeServer(fair) as server:
+        settings = {"judge": "default", "client": "openai", "endpoint": server.url, "model": "m"}
+        (tmp_path / "held.yaml").write_text(json.dumps(settings))
+        evaluate = {"questions": {"path": str(tmp_path / "heldout.jsonl"), "category": "letters"}, "every": 2, "responses": 3,
+                    "rubrics": str(tmp_path / "other"), "judges": {"default": str(tmp_path / "held.yaml")}}  # fmt: skip
+        done = train(path, f"evaluate={json.dumps(evaluate)}")
+    assert list(done.heldout) == [0, 2, 3]
+    log = tmp_path / "log.duckdb"
+    for step, metrics in done.heldout.items():
+        mean = ask(log, f"select avg(score) from verdicts where run = '{done.run}.heldout' and step = {step}")
+        assert metrics["score/letters/nice"] == pytest.approx(mean[0][0])
+    assert ask(log, "select count(*) from verdicts where item = 'nice'") == [(9,)]
+
+
+def test_a_step_of_which_nothing_can_be_learned_leaves_the_weights_alone(tmp_path, caplog):
+    path = apprentice(
+        tmp_path, truncation={"how": "mask"}, sampling={"questions": 2, "responses": 2, "max_tokens": 1}, steps=2
+    )
+    done = train(path)
+    assert same(weights(done.folder), weights(tmp_path / "policy"))
+    assert "step 1: no response could be trained on; the weights stay as they are" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("sampling.temperature=0.7", "sampling.temperature: training needs 1.0, samples of the policy itself (got 0.7)"),
+        ("sampling.top_p=0.9", "sampling.top_p: training needs 1.0, samples of the policy itself (got 0.9)"),
+        ("sampling.max_tokens=9000", "sampling.max_tokens 9000 exceed the policy's context"),
+        ("sampling.questions=9", "sampling.questions: 9 a step, but {folder}/questions.jsonl has only 8 that can be used"),
+        ("policy.model=nowhere/at/all", "policy.model: nowhere/at/all: no such folder"),
+        ("loss.aggregate=seq-mean-token-sum-norm", "loss.norm_length: aggregate seq-mean-token-sum-norm needs it"),
+        ("loss.kl=reward", "loss.kl_coef: loss.kl reward needs one above 0"),
+        ("trackers=nobody", "trackers: 'nobody' is not installed; known:"),
+        ("rubrics=nowhere", "nowhere: no such file or folder"),
+        ("loss.clip_hihg=0.3", "loss.clip_hihg: Extra inputs are not permitted (got 0.3; did you mean 'clip_high'?"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_one_line_before_any_work(tmp_path, override, line):
+    path = apprentice(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        train(path, override)
+    assert line.format(folder=tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").glob("step-*"))
