@@ -45,10 +45,9 @@ class Heldout:
         self._sandbox = sandbox
         self._stack = AsyncExitStack()
         self._panel: Panel | None = None
-        self._material = read_material(
-            config, config.evaluate.questions, rubrics=config.evaluate.rubrics, judges=config.evaluate.judges
-        )
-        self._material.check_room(collector)
+        source = config.evaluate.questions
+        read = read_material(config, source, rubrics=config.evaluate.rubrics, judges=config.evaluate.judges)
+        self._material = read.with_room(collector, source)
         self._own = dict(self._material.judges) != dict(
             material.judges
         )  # else the run's panel serves, asked nothing twice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -20,7 +20,7 @@ from grape.errors import ConfigError, known
 from grape.item import flatten
 from grape.judge.config import Judge
 from grape.plan import Plan
-from grape.questions import Order, Questions, keep_by_difficulty, plan_questions, read_questions
+from grape.questions import Order, Questions, keep_by_difficulty, plan_questions, read_questions, usable
 from grape.records import Record, question_rows
 from grape.resources import digest, find, read_text
 from grape.rows import Rows
@@ -62,14 +62,21 @@ class Material:
         )
         return question_rows(run, some)
 
-    def check_room(self, collector: Collector) -> None:
-        """See that every prompt leaves room for a response."""
-        for question_id, plan in self.plans.items():
-            if not collector.fits(length := collector.fresh(plan, question_id).prompt_ids):
+    def with_room(self, collector: Collector, source: QuestionsConfig) -> Material:
+        """The questions whose prompts leave room for a response; what becomes of the others ``bad_rows`` says."""
+        limit = self.config.sampling.max_tokens
+
+        def check(question_id: str) -> None:
+            if not collector.fits(ids := collector.fresh(self.plans[question_id], question_id).prompt_ids):
+                place = self.questions.rows.places[question_id]
                 raise ConfigError(
-                    f"{self.questions.rows.places[question_id]}: its prompt of {len(length)} tokens and "
-                    f"sampling.max_tokens {self.config.sampling.max_tokens} exceed the policy's context"
+                    f"{place}: its prompt of {len(ids)} tokens and sampling.max_tokens {limit} exceed the policy's "
+                    "context"
                 )
+
+        questions = usable(self.questions, source, check)
+        plans = {name: self.plans[name] for name in questions.rows.questions}
+        return replace(self, questions=questions, plans=plans)
 
 
 def read_material(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import fsum
 from pathlib import Path
@@ -74,15 +74,25 @@ def plan_questions(
 ) -> tuple[Questions, dict[str, Plan]]:
     """The questions that the rubrics can judge, each with its plan; ``bad_rows`` says what becomes of the others."""
     plans: dict[str, Plan] = {}
-    skipped = []
+
+    def plan(question_id: str) -> None:
+        plans[question_id] = plan_question(questions.rows, question_id, rubrics)
+
+    return usable(questions, config, plan), plans
+
+
+def usable(questions: Questions, config: QuestionsConfig, check: Callable[[str], None]) -> Questions:
+    """The questions whose id ``check`` takes without a `ConfigError`; ``bad_rows`` says what becomes of the others."""
+    kept, skipped = [], []
     for question_id in questions.rows.questions:
         try:
-            plans[question_id] = plan_question(questions.rows, question_id, rubrics)
+            check(question_id)
+            kept.append(question_id)
         except ConfigError as error:
             if config.bad_rows == "fail":
                 raise
             skipped.append(str(error))
-    return _told(questions.only(plans) if skipped else questions, skipped), plans
+    return _told(questions.only(kept) if skipped else questions, skipped)
 
 
 def _told(questions: Questions, skipped: list[str]) -> Questions:

@@ -70,8 +70,10 @@ async def train(
 
     ``resume`` goes on after the last checkpoint, and ends with the weights of an uninterrupted run, on a CPU to the
     bit. What changed since then (a rubric, a prompt, a judge, the configuration) is an error unless ``allow_changes``.
-    Every response, verdict, reward and step is in the log. Raises `ConfigError`, before any work, for a wrong file, row or
-    judge, and `GrapeError` where numbers are not finite, before they reach the weights.
+    Every response, verdict, reward and step is in the log.
+
+    Raises `ConfigError`, before any work, for a wrong file, row or judge, and `GrapeError` where numbers are not finite,
+    before they reach the weights.
     """
     config = run if isinstance(run, RunConfig) else load_run(run, overrides)
     if isinstance(run, RunConfig) and overrides:
@@ -99,7 +101,7 @@ async def train(
         await panel.reach()
         collector = Collector(policy=policy, config=config, panel=panel, accelerator=accelerator)
         stack.callback(collector.close)
-        material.check_room(collector)
+        material = material.with_room(collector, config.questions)
         loop = Loop(config, material, name, store, collector, checkpoints)
         if config.evaluate:
             loop.heldout = Heldout(config, name, store, collector, material, sandbox)

@@ -261,3 +261,13 @@ def test_what_is_wrong_is_one_line_before_any_work(tmp_path, override, line):
     assert line.format(folder=tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "checkpoints").exists() or not list((tmp_path / "checkpoints").glob("step-*"))
+
+
+def test_a_prompt_that_leaves_no_room_is_a_bad_row(tmp_path, caplog):
+    path = apprentice(tmp_path, steps=1)
+    with (tmp_path / "questions.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"question_id": "long", "question": "x" * 600}))
+    with pytest.raises(ConfigError, match=r"line 9: its prompt of 6\d\d tokens and sampling.max_tokens 8 exceed"):
+        train(path)
+    train(path, "questions.bad_rows=skip")
+    assert "1 of 9 rows are skipped" in caplog.text
