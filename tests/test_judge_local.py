@@ -103,11 +103,12 @@ def test_calls_decoded_together_get_each_its_own_reply(judges):
 def test_sampling_is_seeded_by_the_call(judges):
     sampling = {"temperature": 1.0, "max_tokens": 40}
     texts = [f"word {number}" for number in range(16)]
-    first, again, other = (
+    first, again, other, together = (
         [comparable(v) for v in ask(judge(judges, batch=batch, sampling={**sampling, "seed": seed}), texts)]
-        for seed, batch in ((1, 1), (1, 1), (2, 1))
+        for seed, batch in ((1, 1), (1, 1), (2, 1), (1, 5))
     )
     assert first == again != other
+    assert [score for _, score, *_ in together] == [score for _, score, *_ in first]
     assert {1.0, 0.0} <= {score for _, score, *_ in first}
     sure = {score: confidence for _, score, _, confidence, *_ in first if score is not None}
     assert (sure[1.0], sure[0.0]) == (pytest.approx(0.75, abs=0.05), pytest.approx(0.25, abs=0.05))
