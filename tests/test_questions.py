@@ -75,9 +75,15 @@ def test_what_a_row_says_of_itself_stands_and_what_is_mapped_comes_before_it():
     assert question.metadata == {"level": 2, "source": "s", "response": "old"}
 
 
+def test_the_category_of_the_run_stands_where_a_row_has_none():
+    rows = [{"question": "a?", "subject": "algebra"}, {"question": "b?", "subject": None}, {"question": "c?"}]
+    asked = read_questions(config(map={"category": "subject"}, category="math"), rows).rows.questions.values()
+    assert [question.category for question in asked] == ["algebra", "math", "math"]
+
+
 def test_chats_and_items_of_their_own_are_read():
     chat = [{"role": "user", "content": "Hello?"}]
-    item = {"id": "own", "check": "contains", "with": {"text": "a"}, "judge": None}
+    item = {"id": "own", "check": "contains", "with": {"text": "a"}, "weight": None}
     rows = read_questions(config(map={"items": "checks"}), [{**ROW, "question": chat, "checks": [item]}]).rows
     assert rows.questions["q"].prompt == "user: Hello?"
     assert [item.id for item in rows.items["q"]] == ["own"]
@@ -236,10 +242,10 @@ def test_questions_that_no_rubric_can_judge_are_bad_rows():
 
 
 def test_the_difficulty_filter_keeps_what_is_neither_too_easy_nor_too_hard():
-    scores = {"easy": [1, 1, 0.5], "fair": [0.2, 0.8], "low": [0.1] * 6 + [0.4] * 3, "hard": [0, 0.1], "none": []}
+    scores = {"easy": [1, 1, 0.5], "fair": [0.7, 0.9], "low": [0.1] * 6 + [0.4] * 3, "hard": [0, 0.1], "none": []}
     kept, difficulty = keep_by_difficulty(scores, DifficultyConfig(low=0.2, high=0.8))
     assert kept == ["fair", "low"]
-    assert difficulty == pytest.approx({"easy": 1 / 6, "fair": 0.5, "low": 0.8, "hard": 0.95})
+    assert difficulty == pytest.approx({"easy": 1 / 6, "fair": 0.2, "low": 0.8, "hard": 0.95})
     with pytest.raises(ConfigError) as caught:
         keep_by_difficulty({"a": [1.0], "b": [0.875]}, DifficultyConfig())
     assert str(caught.value) == (
