@@ -19,8 +19,9 @@ from grape.config import QuestionsConfig, RunConfig
 from grape.errors import ConfigError, known
 from grape.item import flatten
 from grape.judge.config import Judge
+from grape.order import Order, keep_by_difficulty
 from grape.plan import Plan
-from grape.questions import Order, Questions, keep_by_difficulty, plan_questions, read_questions, usable
+from grape.questions import Questions, plan_questions, read_questions, usable
 from grape.records import Record, question_rows
 from grape.resources import digest, find, read_text
 from grape.rows import Rows

@@ -22,9 +22,9 @@ from grape.log import Log
 from grape.material import Material, identity, make_accelerator, read_material, run_row
 from grape.metrics import shifts
 from grape.optimize import Optimizer, Update
+from grape.order import Order
 from grape.panel import Panel
 from grape.policy import Policy, load_policy
-from grape.questions import Order
 from grape.run import answered_calls, hold, new_name
 from grape.scoring import make_critics
 from grape.step import Step, make_step, settled_groups

@@ -30,7 +30,7 @@ LAYERS = [
     {"improve", "panel", "records"},
     {"run"},
     {"scoring", "schemas", "report", "starter", "questions", "progress"},
-    {"collect"},
+    {"collect", "order"},
     {"metrics"},
     {"step"},
     {"groups", "material", "checkpoint"},

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from grape.config import DifficultyConfig, QuestionsConfig
 from grape.errors import ConfigError
-from grape.questions import Order, keep_by_difficulty, plan_questions, read_questions
+from grape.order import Order, keep_by_difficulty
+from grape.questions import plan_questions, read_questions
 from grape.rubric import parse_rubric
 
 ROW = {"question_id": "q", "category": "support", "question": "May I?"}
