@@ -67,7 +67,7 @@ class Collector:
     def __init__(self, *, policy: Policy, config: RunConfig, panel: Panel, accelerator: Any) -> None:
         self._policy = policy
         self._config = config
-        self._panel = panel
+        self.panel = panel
         self._accelerator = accelerator
         self._systems: dict[str, tuple[str | None, str | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grape-policy")
@@ -134,7 +134,7 @@ class Collector:
         groups = list(prompts.values())
 
         def judge(place: int, text: str, finish: Finish) -> None:
-            tasks[place] = loop.create_task(self._judge(panel or self._panel, asked[place], text, finish))
+            tasks[place] = loop.create_task(self._judge(panel or self.panel, asked[place], text, finish))
 
         def on_response(rollout: Rollout, start: int) -> None:
             place = groups[rollout.group + start][rollout.member]

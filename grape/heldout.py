@@ -58,8 +58,9 @@ class Heldout:
                 self._material.judges, self._store, self.name, answered_calls(self._store, self.name)
             )
             self._panel = await self._stack.enter_async_context(Panel(critics, self._sandbox))
-            self._panel.check(self._material.plans.values())
-            await self._panel.reach()
+        panel = self._panel or self._collector.panel
+        panel.check(self._material.plans.values())
+        await panel.reach()
         if not self._store.query("select 1 from runs where run = ?", [self.name]):
             plans = self._material.plans
             self._store.append(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from time import perf_counter
@@ -70,124 +70,141 @@ async def train(
 
     ``resume`` goes on after the last checkpoint, and ends with the weights of an uninterrupted run, on a CPU to the
     bit. What changed since then (a rubric, a prompt, a judge, the configuration) is an error unless ``allow_changes``.
-    Every response, verdict, reward and step is in the log.
+    Every response, verdict, reward and step is in the log. ``report`` is called after each step.
 
-    Raises `ConfigError`, before any work, for a wrong file, row or judge, and `GrapeError` where numbers are not finite,
-    before they reach the weights.
+    Raises `ConfigError`, before any work, for a wrong file, row or judge, and `GrapeError` where numbers are not
+    finite, before they reach the weights.
     """
     config = run if isinstance(run, RunConfig) else load_run(run, overrides)
     if isinstance(run, RunConfig) and overrides:
         raise ConfigError("overrides: are for a run's file; a RunConfig is taken as it is")
+    accelerator = make_accelerator(config)
+    begun = begin(config, resume=resume, allow_changes=allow_changes)
+    policy = _policy(config, begun.saved, str(accelerator.device))
+    async with AsyncExitStack() as stack:
+        store = stack.enter_context(Log(config.log))
+        stack.enter_context(hold(store, begun.name))
+        answered = answered_calls(store, begun.name) if resume else None
+        panel = await stack.enter_async_context(
+            Panel(make_critics(begun.material.judges, store, begun.name, answered), sandbox)
+        )
+        panel.check(begun.material.plans.values())
+        await panel.reach()
+        collector = Collector(policy=policy, config=config, panel=panel, accelerator=accelerator)
+        stack.callback(collector.close)
+        begun = replace(begun, material=begun.material.with_room(collector, config.questions))
+        optimizer = Optimizer(policy, config, accelerator, reference=_reference(config, str(accelerator.device)))
+        if begun.saved:
+            optimizer.load_state_dict(begun.saved.optimizer())
+        loop = Loop(begun, store, collector, optimizer)
+        if config.evaluate:
+            loop.heldout = Heldout(config, begun.name, store, collector, begun.material, sandbox)
+        begun.claim(store)
+        if loop.heldout:
+            await stack.enter_async_context(loop.heldout)
+        if config.trackers:
+            accelerator.init_trackers("grape", config={"run": begun.name, **_flat(config.model_dump())})
+            stack.callback(accelerator.end_training)
+        return await loop.run(report)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Begun:
+    """A run that is about to begin or to go on: what it is made of, and how far it got before."""
+
+    config: RunConfig
+    name: str
+    material: Material
+    identity: Mapping[str, str]
+    checkpoints: Checkpoints | None
+    saved: Saved | None
+
+    def claim(self, store: Log) -> None:
+        """From here on the checkpoints' folder and the log hold the run: all that could be wrong has been looked at."""
+        if self.checkpoints:
+            self.checkpoints.claim(self.name, self.identity)
+        if not store.query("select 1 from runs where run = ?", [self.name]):
+            store.append(runs=[run_row(self.name, "train", self.config, self.material)])
+
+
+def begin(config: RunConfig, *, resume: bool, allow_changes: bool) -> Begun:
+    """Everything that the run names, read and checked, and its checkpoints looked up. Nothing is written."""
     if resume and config.checkpoint is None:
         raise ConfigError("checkpoint: is not set, so there is nothing to resume from")
-    accelerator = make_accelerator(config)
     material = read_material(config)
     if config.questions.difficulty is None:
         material.order()  # too few questions are an error now
-    checkpoints = Checkpoints(config.checkpoint) if config.checkpoint else None
     name, parts = new_name(), identity(config, material)
+    checkpoints = Checkpoints(config.checkpoint) if config.checkpoint else None
     if checkpoints:
         name = checkpoints.check(name, parts, resume=resume, allow_changes=allow_changes)
     saved = checkpoints.latest() if checkpoints and resume else None
     if saved and saved.step >= config.steps:
         logger.warning("run %s is finished: it has %d steps", name, saved.step)
-    policy = _policy(config, saved, str(accelerator.device))
-    async with AsyncExitStack() as stack:
-        store = stack.enter_context(Log(config.log))
-        stack.enter_context(hold(store, name))
-        critics = make_critics(material.judges, store, name, answered_calls(store, name) if resume else None)
-        panel = await stack.enter_async_context(Panel(critics, sandbox))
-        panel.check(material.plans.values())
-        await panel.reach()
-        collector = Collector(policy=policy, config=config, panel=panel, accelerator=accelerator)
-        stack.callback(collector.close)
-        material = material.with_room(collector, config.questions)
-        loop = Loop(config, material, name, store, collector, checkpoints)
-        if config.evaluate:
-            loop.heldout = Heldout(config, name, store, collector, material, sandbox)
-        optimizer = Optimizer(policy, config, accelerator, reference=_reference(config, str(accelerator.device)))
-        if saved:
-            optimizer.load_state_dict(saved.optimizer())
-        if checkpoints:
-            checkpoints.claim(name, parts)  # from here on the folder and the log hold the run
-        if not store.query("select 1 from runs where run = ?", [name]):
-            store.append(runs=[run_row(name, "train", config, material)])
-        if loop.heldout:
-            await stack.enter_async_context(loop.heldout)
-        if config.trackers:
-            accelerator.init_trackers("grape", config={"run": name, **_flat(config.model_dump())})
-            stack.callback(accelerator.end_training)
-        return await loop.run(optimizer, saved, accelerator, report)
+    return Begun(config=config, name=name, material=material, identity=parts, checkpoints=checkpoints, saved=saved)
 
 
 class Loop:
     """The steps of a run, from the first that is not done to the last."""
 
-    def __init__(
-        self, config: RunConfig, material: Material, name: str, store: Log, collector: Collector,
-        checkpoints: Checkpoints | None,
-    ) -> None:  # fmt: skip
-        self.config = config
-        self.material = material
-        self.name = name
-        self.store = store
-        self.collector = collector
-        self.checkpoints = checkpoints
+    def __init__(self, begun: Begun, store: Log, collector: Collector, optimizer: Optimizer) -> None:
         self.heldout: Heldout | None = None
-        self._logged = {step for (step,) in store.query("select step from steps where run = ?", [name])}
-        self._known = {one for (one,) in store.query("select question_id from questions where run = ?", [name])}
-        self.groups = Groups(config, material.plans, collector, store, name)
+        self._begun = begun
+        self._config, self._name, self._checkpoints = begun.config, begun.name, begun.checkpoints
+        self._store = store
+        self._collector = collector
+        self._optimizer = optimizer
+        self._groups = Groups(begun.config, begun.material.plans, collector, store, begun.name)
+        self._logged = {step for (step,) in store.query("select step from steps where run = ?", [begun.name])}
+        self._known = {one for (one,) in store.query("select question_id from questions where run = ?", [begun.name])}
 
-    async def run(self, optimizer: Optimizer, saved: Saved | None, accelerator: Any, report: Report | None) -> Trained:
+    async def run(self, report: Report | None) -> Trained:
         """Every step, and the result."""
-        order = await self._order()
+        order, saved, steps = await self._order(), self._begun.saved, self._config.steps
         done, position = (saved.step, saved.position) if saved else (0, 0)
         before = self._last_metrics(done)
         if self.heldout:
             await self.heldout.evaluate(done)
-        for number in range(done + 1, self.config.steps + 1):
+        for number in range(done + 1, steps + 1):
             started = perf_counter()
             step = await self._judged(number, position, order)
-            update = await self._update(optimizer, step)
-            metrics = {**step.metrics, **shifts(step.metrics, before), **update.metrics}
-            metrics |= self._gap(step, update) | {"seconds": perf_counter() - started}
+            update = await self._update(step)
+            metrics = {**step.metrics, **shifts(step.metrics, before), **update.metrics, **gap(step, update)}
+            metrics["seconds"] = perf_counter() - started
             self._append(step, update, metrics)
             position, before = step.position, before | metrics
-            if self.checkpoints and (number % self.checkpoints.config.every == 0 or number == self.config.steps):
-                self.checkpoints.save(number, position, optimizer.policy, optimizer.state_dict())
-            if self.heldout and (number % self.heldout.every == 0 or number == self.config.steps):
-                metrics |= {f"heldout/{key}": value for key, value in (await self.heldout.evaluate(number)).items()}
-            if accelerator.trackers:
-                accelerator.log(metrics, step=number)
+            if self._checkpoints and (number % self._checkpoints.config.every == 0 or number == steps):
+                self._checkpoints.save(number, position, self._optimizer.policy, self._optimizer.state_dict())
+            if self.heldout and (number % self.heldout.every == 0 or number == steps):
+                found = await self.heldout.evaluate(number)
+                metrics |= {f"heldout/{name}": value for name, value in found.items()}
+            self._optimizer.accelerator.log(metrics, step=number)
             if report:
                 seconds = perf_counter() - started
-                report(StepReport(step=number, steps=self.config.steps, metrics=metrics, seconds=seconds))
-        latest = self.checkpoints.latest() if self.checkpoints else None
-        return Trained(
-            run=self.name,
-            folder=latest.folder if latest else None,
-            heldout=self.heldout.results if self.heldout else {},
-        )
+                report(StepReport(step=number, steps=steps, metrics=metrics, seconds=seconds))
+        latest = self._checkpoints.latest() if self._checkpoints else None
+        results = self.heldout.results if self.heldout else {}
+        return Trained(run=self._name, folder=latest.folder if latest else None, heldout=results)
 
     async def _order(self) -> Order:
         """The order of questions: those that the untrained policy finds neither too easy nor too hard, if asked for."""
-        if self.config.questions.difficulty is None:
-            return self.material.order()
-        scores = await measured_difficulty(self.config, self.name, self.store, self.collector, self.material)
-        return self.material.order(scores)
+        if self._config.questions.difficulty is None:
+            return self._begun.material.order()
+        scores = await measured_difficulty(self._config, self._name, self._store, self._collector, self._begun.material)
+        return self._begun.material.order(scores)
 
     async def _judged(self, number: int, position: int, order: Order) -> Step:
         """The step's groups, from the journal where they are in it."""
-        if self.checkpoints and (step := self.checkpoints.judged(number)) is not None:
+        if self._checkpoints and (step := self._checkpoints.judged(number)) is not None:
             return step
         started, answered = datetime.now(UTC), list[Answered]()
         taken: set[str] = set()
-        wanted = missing = self.config.sampling.questions
-        for round_ in range(self.config.sampling.rounds):
+        wanted = missing = self._config.sampling.questions
+        for round_ in range(self._config.sampling.rounds):
             ids, position = order.draw(position, min(missing, len(order) - len(taken)), taken)
             taken |= set(ids)
-            answered += await self.groups.answers(ids, number, round_)
-            settled = settled_groups(answered, self.config)
+            answered += await self._groups.answers(ids, number, round_)
+            settled = settled_groups(answered, self._config)
             alive = {
                 one.asked.plan.question.question_id
                 for one, result in zip(answered, settled, strict=True)
@@ -198,19 +215,18 @@ class Loop:
                 break
         asked = list(dict.fromkeys(one.asked.plan.question.question_id for one in answered))
         learning = sorted(asked, key=lambda question: question not in alive)[:wanted]  # dead ones only fill up
-        step = make_step(
-            number, position, started, answered, settled, set(learning), self.config, self.material.judges, self.name
-        )
-        if self.checkpoints:
-            self.checkpoints.keep(step)
+        judges = self._begun.material.judges
+        step = make_step(number, position, started, answered, settled, set(learning), self._config, judges, self._name)
+        if self._checkpoints:
+            self._checkpoints.keep(step)
         return step
 
-    async def _update(self, optimizer: Optimizer, step: Step) -> Update:
+    async def _update(self, step: Step) -> Update:
         """One step of the optimizer; none where nothing can be learned, since momentum alone would move the weights."""
         if not any(member.trained for member in step.members):
             logger.warning("step %d: no response could be trained on; the weights stay as they are", step.number)
             return Update(metrics={}, logprobs={})
-        update: Update = await self.collector.run(optimizer.update, step.members, step.number)
+        update: Update = await self._collector.run(self._optimizer.update, step.members, step.number)
         return update
 
     def _append(self, step: Step, update: Update, metrics: dict[str, float]) -> None:
@@ -218,29 +234,27 @@ class Loop:
         if step.number in self._logged:
             return
         new = sorted({row["question_id"] for row in step.rows["responses"]} - self._known)
-        self.store.append(**step.learned(update, metrics), questions=self.material.question_rows(self.name, new))
+        questions = self._begun.material.question_rows(self._name, new)
+        self._store.append(**step.learned(update, metrics), questions=questions)
         self._known |= set(new)
 
     def _last_metrics(self, step: int) -> dict[str, float]:
-        found = self.store.query(
-            "select metrics from steps where run = ? and step <= ? order by step", [self.name, step]
+        found = self._store.query(
+            "select metrics from steps where run = ? and step <= ? order by step", [self._name, step]
         )
         return {name: value for (metrics,) in found for name, value in json.loads(metrics).items()}
 
-    @staticmethod
-    def _gap(step: Step, update: Update) -> dict[str, float]:
-        """How much likelier improved responses were where they were drawn than where they are trained, per token."""
-        off = [one for one in step.members if one.off_policy and one.rollout_logprobs]
-        drawn = {member.response_id: member for member in off}
-        tokens = sum(len(member.token_ids) for name, member in drawn.items() if name in update.logprobs)
-        if not tokens:
-            return {}
-        gap = sum(
-            sum(member.rollout_logprobs or ()) - update.logprobs[name]
-            for name, member in drawn.items()
-            if name in update.logprobs
-        )
-        return {"off_policy/gap": gap / tokens}
+
+def gap(step: Step, update: Update) -> dict[str, float]:
+    """How much likelier improved responses were where they were drawn than where they are trained, per token."""
+    off = [
+        one for one in step.members if one.off_policy and one.rollout_logprobs and one.response_id in update.logprobs
+    ]
+    if not off:
+        return {}
+    drawn = sum(sum(one.rollout_logprobs or ()) for one in off)
+    trained = sum(update.logprobs[one.response_id] for one in off)
+    return {"off_policy/gap": (drawn - trained) / sum(len(one.token_ids) for one in off)}
 
 
 def _policy(config: RunConfig, saved: Saved | None, device: str) -> Policy:

@@ -1,0 +1,48 @@
+"""A step as plain data: what the journal gives back, and what counts for what."""
+
+from __future__ import annotations
+
+import json
+import math
+
+from grape.member import Member
+from grape.optimize import Update
+from grape.step import Step
+
+
+def member(**values):
+    given = {
+        "response_id": "q-1-0", "group": "q", "prompt_ids": (1, 2), "token_ids": (3, 4), "rollout_logprobs": (-0.1, -1 / 3),
+        "advantage": 0.1 + 0.2, "reward": math.pi, "trained": True, "off_policy": False,
+    }  # fmt: skip
+    return Member(**{**given, **values})
+
+
+def step(**values):
+    rows = {
+        "responses": [{"response_id": "q-1-0", "response": "é\n"}, {"response_id": "q-1-1", "response": ""}],
+        "verdicts": [],
+        "rewards": [{"reward": None, "credit": {"a": 1e-300}}],
+        "steps": [{"step": 1, "metrics": json.dumps({"outcomes": {"ok": 2}})}],
+    }
+    given = {
+        "number": 1,
+        "position": 7,
+        "members": [member(), member(rollout_logprobs=None)],
+        "rows": rows,
+        "metrics": {"x": 0.1},
+    }
+    return Step(**{**given, **values})
+
+
+def test_the_journal_gives_back_every_bit():
+    one = step()
+    assert Step.read(one.dump()) == one
+
+
+def test_the_log_gets_what_the_update_measured():
+    update = Update(metrics={"loss": 0.5}, logprobs={"q-1-0": -1.5})
+    rows = step().learned(update, {"loss": 0.5, "x": 0.1})
+    assert [row["logprob_trained"] for row in rows["responses"]] == [-1.5, None]
+    assert json.loads(rows["steps"][0]["metrics"]) == {"outcomes": {"ok": 2}, "loss": 0.5, "x": 0.1}
+    assert "logprob_trained" not in step().rows["responses"][0]
