@@ -238,7 +238,7 @@ def test_training_curve_has_rewards_lengths_and_dead_groups_by_step_and_category
         answered("dead", "a", 0.5, advantage=0.0, num_tokens=30, finish_reason="stop"),
         answered("dead", "b", None, advantage=0.0, unscorable="all failed"),
     )
-    append(log, answered("other", "a", 0.25, advantage=0.0), category="code")
+    append(log, answered("other", "a", 0.25, advantage=-0.25), category="code")
     append(log, answered("q", "a", 1.0, advantage=0.5), step=2)
     log.append(responses=[{"run": "r", "step": 2, "question_id": "p", "response_id": "a", "category": "math"}])
     code, first, second = records(log, "FROM training_curve ORDER BY step, category")
@@ -248,7 +248,7 @@ def test_training_curve_has_rewards_lengths_and_dead_groups_by_step_and_category
         "improved_weighted": 0.8, "advantage_spread": pytest.approx((0.18 / 4) ** 0.5), "mean_tokens": 20.0,
         "share_truncated": pytest.approx(1 / 3), "share_unscorable": 0.25,
     }  # fmt: skip
-    assert (code["category"], code["dead_groups"], code["mean_reward"]) == ("code", 1, 0.25)
+    assert (code["category"], code["dead_groups"], code["mean_reward"]) == ("code", 0, 0.25)
     assert (second["step"], second["groups"], second["dead_groups"], second["advantage_spread"]) == (2, 2, 0, 0.0)
 
 
@@ -287,6 +287,7 @@ def test_improve_effect_compares_within_groups_and_with_parents_per_assessment(l
         answered("p", "given", 0.0, route="sft"), answered("p", "broken", None), better("p", "i4", None, "old"),
         better("s", "i1", 0.5, "old"),  # no fresh ones beside it: only its parent
     )  # fmt: skip
+    append(log, answered("q", "old", 1.0), step=2)  # a later response is nobody's parent before
     append(log, answered("q", "old", 1.0), better("q", "i1", 0.5, "missing"), run="other")
     own, shuffled, none = records(log, "FROM improve_effect WHERE run = 'r'")
     assert (own["control"], own["responses"], own["n"], own["gain"]) == ("own", 4, 2, 0.375)

@@ -9,8 +9,7 @@ QUERIES = """
 -- training_curve: One row per run, step and category: rewards, lengths, and groups that teach nothing.
 WITH earned AS (
   SELECT r.run, r.step, r.category, r.question_id, r.route, r.num_tokens, r.finish_reason, w.reward, w.weighted,
-    w.unscorable, w.advantage, count(w.advantage) OVER siblings AS members,
-    max(abs(w.advantage)) OVER siblings AS largest
+    w.unscorable, w.advantage, max(abs(w.advantage)) OVER siblings AS largest
   FROM responses r
   LEFT JOIN rewards w
     ON r.run = w.run AND r.step IS NOT DISTINCT FROM w.step
@@ -24,7 +23,7 @@ SELECT
   count(*) AS responses,                                     -- responses, of every route
   count(DISTINCT question_id) AS groups,                     -- questions that were asked
   count(DISTINCT question_id)
-    FILTER (members > 0 AND largest = 0) AS dead_groups,     -- groups whose advantages are all 0
+    FILTER (largest = 0) AS dead_groups,                     -- groups whose advantages are all 0
   avg(reward) AS mean_reward,                                -- by the rubric's formula
   avg(weighted) AS mean_weighted,                            -- sum of weight x score after polarity
   avg(weighted) FILTER (route = 'fresh') AS fresh_weighted,  -- the same of fresh responses
