@@ -238,17 +238,18 @@ def test_training_curve_has_rewards_lengths_and_dead_groups_by_step_and_category
         answered("dead", "a", 0.5, advantage=0.0, num_tokens=30, finish_reason="stop"),
         answered("dead", "b", None, advantage=0.0, unscorable="all failed"),
     )
-    append(log, answered("other", "a", 0.25, advantage=-0.25), category="code")
+    code = [answered("other", "a", 0.25, advantage=-0.25), answered("other", "b", 0.25, advantage=0.0)]
+    append(log, *code, category="code")
     append(log, answered("q", "a", 1.0, advantage=0.5), step=2)
     log.append(responses=[{"run": "r", "step": 2, "question_id": "p", "response_id": "a", "category": "math"}])
-    code, first, second = records(log, "FROM training_curve ORDER BY step, category")
+    other, first, second = records(log, "FROM training_curve ORDER BY step, category")
     assert first == {
         "run": "r", "step": 1, "category": "math", "responses": 4, "groups": 2, "dead_groups": 1,
         "mean_reward": pytest.approx(0.5), "mean_weighted": pytest.approx(0.5), "fresh_weighted": pytest.approx(0.35),
         "improved_weighted": 0.8, "advantage_spread": pytest.approx((0.18 / 4) ** 0.5), "mean_tokens": 20.0,
         "share_truncated": pytest.approx(1 / 3), "share_unscorable": 0.25,
     }  # fmt: skip
-    assert (code["category"], code["dead_groups"], code["mean_reward"]) == ("code", 0, 0.25)
+    assert (other["category"], other["dead_groups"], other["mean_reward"]) == ("code", 0, 0.25)
     assert (second["step"], second["groups"], second["dead_groups"], second["advantage_spread"]) == (2, 2, 0, 0.0)
 
 
