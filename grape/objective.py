@@ -49,7 +49,8 @@ class Objective:
         self._old_head: Any = None
         self._logits = partial(logits, policy.model)
         needed = config.loss.kl in ("k2", "k3", "full", "reward")
-        self._reference = Reference(policy, reference) if needed or reference else None
+        measured = config.loss.kl == "none" and reference is not None
+        self._reference = Reference(policy, reference) if needed or measured else None
 
     def begin(self) -> None:
         """A step begins: what its later epochs compare with is noted from now on."""

@@ -77,7 +77,7 @@ class Optimizer:
         before: dict[int, Before] = {}
         with self._modes.training():
             self.objective.begin()
-            if self.config.loss.kl == "reward" and self.objective.per_sequence:
+            if batches and self.config.loss.kl == "reward" and self.objective.per_sequence:
                 batches = self._penalised(batches)
             for _ in range(self.config.optimizer.epochs):
                 epochs.append(self._epoch(batches, before, totals, step))

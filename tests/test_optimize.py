@@ -30,6 +30,15 @@ CPU = {"policy": {"model": "m", "dtype": "float32"}, "questions": {"path": "q.js
 SHARP = {"lr": 3e-3, "max_grad_norm": 1e9, "micro_tokens": 40}  # far enough in one update that ratios are clipped
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Models of a few numbers: threads only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run_config(**sections):
     return parse_run({**CPU, "steps": 4, **sections}, "run.yaml")
 
@@ -156,7 +165,10 @@ def loss_by_hand(model, head, olds, refs, old_values, members, config):
         gain = torch.full_like(new, member.advantage)
         if setting.kl == "reward":
             mates = [float(pens[at].sum()) for at, mate in enumerate(members) if mate.group == member.group]
-            gain = gain + (pens[number].sum() - sum(mates) / len(mates) if sequence else pens[number])
+            better = pens[number].sum() - sum(mates) / len(mates)
+            if config.advantage.baseline == "leave_one_out":
+                better = better * len(mates) / (len(mates) - 1)
+            gain = gain + (better if sequence else pens[number])
         if config.value:
             rewards = torch.zeros_like(new)
             rewards[-1] = member.reward
@@ -175,6 +187,8 @@ def loss_by_hand(model, head, olds, refs, old_values, members, config):
         rho = change.exp()
         low, high = (math.inf, math.inf) if setting.kl == "trpo" else (setting.clip_low, setting.clip_high)
         term = torch.minimum(rho * gain, rho.clamp(1 - low, 1 + high) * gain)
+        if setting.dual_clip and gain[0] < 0:
+            term = torch.maximum(term, setting.dual_clip * gain)
         if setting.ratio == "none":
             term = gain * new
         if setting.ratio == "tapered":
@@ -235,6 +249,11 @@ CASES = {
     "full": {"optimizer": {"epochs": 2}, "loss": {"kl": "full", "kl_coef": 0.3, "aggregate": "token-mean"}},
     "eq. 12": {"optimizer": {"epochs": 2}, "loss": {"kl": "reward", "kl_coef": 0.3}},
     "eq. 12 per sequence": {"optimizer": {"epochs": 2}, "loss": {"kl": "reward", "kl_coef": 0.1, "ratio": "sequence"}},
+    "eq. 12 per sequence, leave one out": {
+        "loss": {"kl": "reward", "kl_coef": 0.1, "ratio": "sequence-mean"},
+        "advantage": {"baseline": "leave_one_out"},
+    },
+    "dual clip": {"optimizer": {"epochs": 3, "lr": 1e-2}, "loss": {"dual_clip": 1.1}},
     "eq. 9": {"optimizer": {"epochs": 3}, "loss": {"kl": "trpo", "kl_coef": 3.0}},
     "eq. 9, one epoch": {"loss": {"kl": "trpo", "kl_coef": 3.0}},
     "value head": {"value": {"lam": 0.9, "gamma": 0.97, "lr": 1e-2}, "advantage": NO_BASELINE},
@@ -338,10 +357,11 @@ def test_the_cut_into_micro_batches_changes_no_weight_and_no_metric(aggregate):
     assert paddings[0] == 0 < paddings[1] < paddings[2]
 
 
-@pytest.mark.parametrize("aggregate", ["seq-mean-token-sum", "token-mean", "seq-mean-token-mean"])
-def test_a_member_that_is_not_trained_counts_in_the_denominators_alone(aggregate):
-    """Eight members of which four are masked move the weights half as far as the four alone, by SGD's measure."""
-    config = run_config(loss={"aggregate": aggregate}, optimizer={"max_grad_norm": 1e9})
+@pytest.mark.parametrize("how", ["seq-mean-token-sum", "token-mean", "seq-mean-token-mean", "per sequence"])
+def test_a_member_that_is_not_trained_counts_in_the_denominators_alone(how):
+    """Eight members of which four are masked have half the gradient of the four alone."""
+    loss = {"ratio": "sequence-mean"} if how == "per sequence" else {"aggregate": how}
+    config = run_config(loss=loss, optimizer={"max_grad_norm": 1e9})
     four = [replace(member, token_ids=(5, 6, 7)) for member in some(4)]
     masked = [replace(member, response_id="m" + member.response_id, trained=False) for member in four]
     norms, entropies = [], []
@@ -372,6 +392,7 @@ def test_the_log_probabilities_are_those_before_the_update():
     wanted = {m.response_id: picked(read(policy.model, m)[1], m).sum().item() for m in members}
     update = optimizer_of(policy, run_config(optimizer={"epochs": 3, "lr": 1e-2})).update(members, 1)
     assert update.logprobs == pytest.approx(wanted, abs=1e-9)
+    assert update.metrics["ratio_max"] > 1.5  # the greatest of all epochs
 
 
 def test_two_runs_and_a_run_that_goes_on_from_its_state_are_equal_to_the_bit(tmp_path):
@@ -407,27 +428,38 @@ def test_the_state_of_other_weights_is_one_line():
 
 def test_the_coefficient_of_the_kl_moves_towards_its_target():
     for target, factor in ((1e-6, 2), (100.0, 0.5)):
-        config = run_config(loss={"kl": "k3", "kl_coef": 0.1, "kl_target": target})
+        config = run_config(loss={"kl": "k3", "kl_coef": 0.1, "kl_target": target, "aggregate": "token-mean"})
         optimizer = optimizer_of(policy_of(tiny_model()), config, policy_of(tiny_model(seed=1)))
-        assert optimizer.update(some(), 1).metrics["kl_coef"] == 0.1
-        assert optimizer.objective.kl_coef == 0.1 * factor
+        for coef in (0.1, 0.1 * factor):
+            metrics = optimizer.update(some(), 1).metrics
+            assert metrics["kl_coef"] == coef
+            assert metrics["loss"] - metrics["policy_loss"] == pytest.approx(coef * metrics["ref_kl"], rel=1e-4)
+
+
+def test_the_coefficient_of_trpo_goes_by_the_last_epoch():
+    loss = {"kl": "trpo", "kl_coef": 0.1, "kl_target": 1e-6}
+    optimizer = optimizer_of(policy_of(tiny_model()), run_config(loss=loss, optimizer={"epochs": 2, "lr": 1e-2}))
+    optimizer.update(some(), 1)
+    assert optimizer.objective.kl_coef == 0.2  # in the first epoch the KL is 0
     with pytest.raises(ConfigError, match=r"^loss.kl_target: kl trpo is 0 in the first epoch"):
-        optimizer_of(policy_of(tiny_model()), run_config(loss={"kl": "trpo", "kl_coef": 0.1, "kl_target": 1.0}))
+        optimizer_of(policy_of(tiny_model()), run_config(loss=loss))
 
 
-@pytest.mark.parametrize("kind", ["k3", "full", "reward"])
-def test_adapters_switched_off_are_the_reference(tmp_path, kind):
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("k3", None), ("full", None), ("reward", ["q_proj"]), ("full", ["lm_head", "v_proj"])]
+)
+def test_adapters_switched_off_are_the_reference(tmp_path, kind, targets):
     """The same steps as with the base model given as a second one."""
-    folder = str(tiny_folder(tmp_path))
+    folder = str(tiny_folder(tmp_path, tied=False))
     config = run_config(loss={"kl": kind, "kl_coef": 0.5}, optimizer={"epochs": 2, "lr": 1e-2, "max_grad_norm": 1e9})
     ends = []
     for reference in (None, load_policy(folder)):
-        policy = load_policy(folder, lora=Lora(r=2), seed=3)
+        policy = load_policy(folder, lora=Lora(r=2, targets=targets), seed=3)
         base = weights(policy.model)
         optimizer = optimizer_of(policy, config, reference)
         for step in (1, 2):
             update = optimizer.update(some(), step)
-        assert update.metrics["ref_kl"] > 0.01
+        assert update.metrics["ref_kl"] > 1e-3
         now = weights(policy.model)
         assert {name for name in now if not torch.equal(now[name], base[name])} == {n for n in now if "lora_" in n}
         assert all(p.requires_grad == ("lora_" in name) for name, p in policy.model.named_parameters())
@@ -564,6 +596,29 @@ def test_gradient_checkpointing_changes_memory_alone(kind):
         ends.append((policy.model, sum(kept)))
     assert_close(ends[0][0], ends[1][0], atol=1e-6)
     assert ends[1][1] < 0.1 * ends[0][1]  # of what is kept for the backward pass
+
+
+def test_gradient_checkpointing_reaches_adapters(tmp_path):
+    folder, ends = str(tiny_folder(tmp_path)), []
+    for checkpointing in (False, True):
+        policy = load_policy(folder, lora=Lora(r=2), seed=3)
+        sections = {"policy": {**CPU["policy"], "gradient_checkpointing": checkpointing}}
+        optimizer = optimizer_of(policy, run_config(**sections, optimizer={"epochs": 2, "lr": 1e-2}))
+        assert optimizer.update(some(), 1).metrics["grad_norm"] > 1
+        ends.append(policy.model)
+    assert_close(*ends, atol=1e-6)
+
+
+def test_a_reference_is_measured_where_the_loss_does_not_need_it():
+    metrics = optimizer_of(double(), run_config(), double(seed=1)).update(some(), 1).metrics
+    tokens = sum(len(member.token_ids) for member in some())
+    wanted = 0.0
+    for member in some():
+        new, ref = (picked(read(double(seed).model, member)[1], member) for seed in (0, 1))
+        wanted += ((ref - new).exp() - 1 - (ref - new)).sum().item() / tokens
+    assert metrics["ref_kl"] == pytest.approx(wanted, abs=1e-9)
+    assert metrics["policy_loss"] == metrics["loss"]
+    assert metrics["kl_coef"] == 0
 
 
 def test_dropout_that_checkpointing_would_switch_on_is_one_line():
