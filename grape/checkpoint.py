@@ -8,7 +8,7 @@ Both appear under their names only when they are whole.
 from __future__ import annotations
 
 import json
-import os
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +21,8 @@ from grape.config import CheckpointConfig
 from grape.errors import ConfigError, one_line
 from grape.policy import Policy, save_policy
 from grape.step import Step
+
+logger = logging.getLogger("grape")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,12 +70,15 @@ class Checkpoints:
                     "--allow-changes goes on all the same"
                 )
             run = known["run"]
+        elif resume:
+            logger.warning("%s: nothing to resume: no run has begun there; a new one begins", self.folder)
         return run
 
     def claim(self, run: str, identity: Mapping[str, str]) -> None:
-        """Hold this run from now on."""
+        """Hold this run from now on, without what a kill has left half done."""
         try:
             self._journal.mkdir(parents=True, exist_ok=True)
+            self._tidy()
             _write(self.folder / "run.json", json.dumps({"run": run, "identity": dict(identity)}, indent=1).encode())
         except OSError as error:
             raise ConfigError(f"{self.folder}: {error.strerror}") from error
@@ -89,19 +94,14 @@ class Checkpoints:
     def save(self, step: int, position: int, policy: Policy, optimizer: Mapping[str, Any]) -> Path:
         """Write a checkpoint, then drop the oldest ones and the journal of the steps that it covers."""
         folder = self.folder / f"step-{step:06d}"
-        draft = self.folder / f".{folder.name}.{os.getpid()}"
+        draft = self.folder / f".{folder.name}"
         try:
-            for stale in self.folder.glob(".step-*"):
-                shutil.rmtree(stale)
+            self._tidy()
             save_policy(policy, draft)
             torch.save(dict(optimizer), draft / "optimizer.pt")
             (draft / "state.json").write_text(json.dumps({"step": step, "position": position}))
             draft.rename(folder)
-            for old in sorted(self.folder.glob("step-*"))[: -self.config.keep]:
-                shutil.rmtree(old)
-            for path in self._journal.glob("step-*.json"):
-                if int(path.stem.removeprefix("step-")) <= step:
-                    path.unlink()
+            self._tidy()
         except (OSError, RuntimeError) as error:  # torch's own writer raises RuntimeError on a full disk
             raise ConfigError(f"{folder}: cannot be written: {one_line(error)}") from error
         return folder
@@ -119,9 +119,20 @@ class Checkpoints:
         path = self._journal / f"step-{number:06d}.json"
         return Step.read(path.read_bytes()) if path.is_file() else None
 
+    def _tidy(self) -> None:
+        """Drop drafts, the checkpoints that are too old to be kept, and the journal of steps that the last one has."""
+        for draft in self.folder.glob(".step-*"):
+            shutil.rmtree(draft)
+        found = sorted(self.folder.glob("step-*"))
+        for old in found[: -self.config.keep]:
+            shutil.rmtree(old)
+        for path in self._journal.glob("step-*.json"):
+            if found and path.stem <= found[-1].name:
+                path.unlink()
+
 
 def _write(path: Path, data: bytes) -> None:
     """The whole file or none of it."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}")
     draft.write_bytes(data)
     draft.replace(path)

@@ -121,9 +121,15 @@ class Begun:
 
     def claim(self, store: Log) -> None:
         """From here on the checkpoints' folder and the log hold the run: all that could be wrong has been looked at."""
+        known = store.query("select 1 from runs where run = ?", [self.name])
         if self.checkpoints:
+            if self.saved and not known:
+                raise ConfigError(
+                    f"{self.config.log}: has nothing of run {self.name}, which {self.checkpoints.folder} holds: "
+                    "a run is resumed with its own log"
+                )
             self.checkpoints.claim(self.name, self.identity)
-        if not store.query("select 1 from runs where run = ?", [self.name]):
+        if not known:
             store.append(runs=[run_row(self.name, "train", self.config, self.material)])
 
 
@@ -163,7 +169,7 @@ class Loop:
         order, saved, steps = await self._order(), self._begun.saved, self._config.steps
         done, position = (saved.step, saved.position) if saved else (0, 0)
         before = self._last_metrics(done)
-        if self.heldout:
+        if self.heldout and self._due(done):  # not where a checkpoint happens to be
             await self.heldout.evaluate(done)
         for number in range(done + 1, steps + 1):
             started = perf_counter()
@@ -175,7 +181,7 @@ class Loop:
             position, before = step.position, before | metrics
             if self._checkpoints and (number % self._checkpoints.config.every == 0 or number == steps):
                 self._checkpoints.save(number, position, self._optimizer.policy, self._optimizer.state_dict())
-            if self.heldout and (number % self.heldout.every == 0 or number == steps):
+            if self.heldout and self._due(number):
                 found = await self.heldout.evaluate(number)
                 metrics |= {f"heldout/{name}": value for name, value in found.items()}
             self._optimizer.accelerator.log(metrics, step=number)
@@ -185,6 +191,10 @@ class Loop:
         latest = self._checkpoints.latest() if self._checkpoints else None
         results = self.heldout.results if self.heldout else {}
         return Trained(run=self._name, folder=latest.folder if latest else None, heldout=results)
+
+    def _due(self, step: int) -> bool:
+        """Whether the held-out questions are asked after a step."""
+        return self.heldout is not None and (step % self.heldout.every == 0 or step == self._config.steps)
 
     async def _order(self) -> Order:
         """The order of questions: those that the untrained policy finds neither too easy nor too hard, if asked for."""
