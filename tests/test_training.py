@@ -12,6 +12,7 @@ import torch
 from apprentice import apprentice, ask, fair
 from loopback import JudgeServer
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 
 import grape
 from grape.errors import ConfigError
@@ -271,3 +272,32 @@ def test_a_prompt_that_leaves_no_room_is_a_bad_row(tmp_path, caplog):
         train(path)
     train(path, "questions.bad_rows=skip")
     assert "1 of 9 rows are skipped" in caplog.text
+
+
+def test_a_response_is_judged_while_others_are_still_sampled(tmp_path):
+    forwards = asked_at = 0
+
+    def count(*_):
+        nonlocal forwards
+        forwards += 1
+
+    def judge(body, number):
+        nonlocal asked_at
+        asked_at = asked_at or forwards
+        return fair(body, number)
+
+    with JudgeServer(judge) as server:
+        path = apprentice(tmp_path, judge=server.url, steps=1, sampling={"max_tokens": 400}, truncation={"how": "mask"})
+        hook = register_module_forward_hook(count)
+        try:
+            train(path)
+        finally:
+            hook.remove()
+    assert 0 < asked_at < forwards / 2
+
+
+def test_what_a_step_logs_goes_to_the_trackers_too(tmp_path):
+    train(apprentice(tmp_path, steps=2, trackers=["tensorboard"]))
+    text = b"".join(file.read_bytes() for file in (tmp_path / "checkpoints").rglob("events.out.tfevents*"))
+    for name in (b"reward/mean", b"entropy", b"score/letters/starts", b"grad_norm"):
+        assert text.count(name) >= 2
