@@ -161,9 +161,9 @@ def test_a_random_model_gives_a_typed_failure_and_is_asked_again_only_where_ther
         assert [(row["purpose"], row["confidence"]) for row in rows] == [(purpose, None) for purpose in purposes]
 
 
-def test_what_the_model_has_no_room_for_is_a_typed_failure_and_its_neighbours_are_answered(judges):
-    rows = []
-    got = ask(judge(judges, batch=3), ["word", "x" * 1000, "else"], rows=rows)
+@pytest.mark.parametrize("size", [870, 1000])  # the prompt fits without its reply, and not at all
+def test_what_the_model_has_no_room_for_is_a_typed_failure_and_its_neighbours_are_answered(judges, size):
+    got = ask(judge(judges, batch=3), ["word", "x" * size, "else"])
     assert [verdict.outcome for verdict in got] == [Outcome.OK, Outcome.TRANSPORT, Outcome.OK]
     assert got[1].detail.startswith("40 max_tokens after a prompt of ")
     assert got[1].detail.endswith(" exceed 1024 positions")

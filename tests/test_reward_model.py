@@ -202,6 +202,8 @@ def test_a_model_that_cannot_be_used_is_one_line_before_any_work(tmp_path, make,
     make(folder)
     with pytest.raises(ConfigError) as caught:
         score(folder, ["word"], tmp_path, log=tmp_path / "l.duckdb")
+    with duckdb.connect(tmp_path / "l.duckdb") as connection:
+        assert connection.execute("select count(*) from runs").fetchone() == (0,)
     assert str(caught.value).startswith(f"reward_model: {folder}: {message}")
     assert "\n" not in str(caught.value)
 

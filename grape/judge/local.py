@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -101,9 +101,8 @@ class LocalClient:
     def _serve(self, ticket: int) -> CallRecord:
         """The answer to one call, got with those that wait behind it, as many as ``batch`` allows."""
         if ticket not in self._answers:
-            others = [other for other in list(self._waiting) if other > ticket]
-            batch = {number: self._waiting.get(number) for number in [ticket, *others][: self.judge.batch]}
-            calls = {number: call for number, call in batch.items() if call is not None}
+            waiting = [(number, call) for number, call in list(self._waiting.items()) if number >= ticket]
+            calls = dict(waiting[: self.judge.batch])
             self._answers.update(zip(calls, self._answer(list(calls.values())), strict=True))
         return self._answers.pop(ticket)
 
@@ -162,18 +161,15 @@ def score_confidence(tokenizer: Any, reply: Rollout) -> float | None:
     if (span := score_span(reply.text)) is None:
         return None
 
-    def said(count: int) -> str:
+    def written(count: int) -> int:
+        """How many characters the first ``count`` tokens are; half a character is one."""
         ids = list(reply.token_ids[:count])
-        return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return len(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    count = len(reply.token_ids)
-    first = bisect_right(range(count), span[0], key=lambda number: len(said(number + 1)))
-    total = 0.0
-    for number in range(first, count):
-        if said(number).startswith(reply.text[: span[1]]):  # where half a character stands, it does not
-            break
-        total += reply.logprobs[number]
-    return min(1.0, math.exp(total))
+    counts = range(len(reply.token_ids) + 1)
+    first = bisect_right(counts, span[0], key=written) - 1
+    last = bisect_left(counts, span[1], key=written)
+    return min(1.0, math.exp(math.fsum(reply.logprobs[first:last])))
 
 
 def need_torch(where: str) -> None:
