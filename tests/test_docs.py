@@ -9,10 +9,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from readme import ROOT, blocks, commands, matches, prepare, run, tidy
 
+from grape.config import (
+    CheckpointConfig,
+    EvaluateConfig,
+    PolicyConfig,
+    QuestionsConfig,
+    RunConfig,
+    SftConfig,
+    ValueConfig,
+    parse_run,
+)
 from grape.judge.config import Judge
 from grape.resources import read_yaml
 from grape.rubric import parse_rubric
@@ -104,3 +116,30 @@ def test_links_in_documents_lead_somewhere():
 def test_documents_speak_of_the_project_alone(word):
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         assert word not in document.read_text(encoding="utf-8")
+
+
+def test_the_page_on_training_shows_every_field_with_its_default():
+    block = (ROOT / "docs/training.md").read_text().split("```yaml\n")[1].split("```")[0]
+    off = {line.split(":")[0].strip() for line in block.splitlines() if "# off" in line}
+
+    def compare(model: type[BaseModel], shown: dict[str, Any], path: str) -> None:
+        assert sorted(shown) == sorted(model.model_fields), path
+        for name, field in model.model_fields.items():
+            default = field.get_default(call_default_factory=True)
+            if isinstance(default, BaseModel):
+                compare(type(default), shown[name], f"{path}.{name}")
+            elif not (field.is_required() or name in off):
+                assert shown[name] == default, f"{path}.{name}"
+
+    shown = read_yaml("training.md", block)
+    compare(RunConfig, {**shown, "policy": None, "questions": None}, "run")
+    compare(PolicyConfig, shown["policy"], "policy")
+    compare(QuestionsConfig, shown["questions"], "questions")
+    for name, model in (
+        ("evaluate", EvaluateConfig),
+        ("value", ValueConfig),
+        ("sft", SftConfig),
+        ("checkpoint", CheckpointConfig),
+    ):
+        assert sorted(shown[name]) == sorted(model.model_fields)
+    parse_run({**shown, "advantage": {"baseline": "none"}}, "docs/training.md")
