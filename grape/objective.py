@@ -65,20 +65,14 @@ class Objective:
             ref_BT, other = self._constants(batch) if before is None else (before.ref_BT, before.other)
             states_NH = response_states(self.model, batch.ids_BT, batch.attended_BT, batch.mask_BT)
             if before is None and self.config.loss.kl == "trpo":
-                other = Other(
-                    states_NH=states_NH.detach(),
-                    logits=partial(logits, self.model, head=self._old_head),
-                    first=True,
-                )
+                head = partial(logits, self.model, head=self._old_head)
+                other = Other(states_NH=states_NH.detach(), logits=head, first=True)
             values = token_logprobs(self._logits, states_NH, batch.ids_BT[batch.mask_BT], entropy=True, other=other)
         logprobs_BT, entropy_BT = (scattered(values_N, batch.mask_BT) for values_N in values[:2])
         kl_BT = None if other is None else scattered(values[2], batch.mask_BT)
         value_BT = self._values(states_NH, batch)
-        if before is None:
-            before = self._before(batch, logprobs_BT.detach(), ref_BT, other, value_BT)
-            old_BT = None  # the ratio is 1, and the gradient -A grad log pi
-        else:
-            old_BT = before.logprobs_BT
+        old_BT = before.logprobs_BT if before else None  # None: the ratio is 1, and the gradient -A grad log pi
+        before = before or self._before(batch, logprobs_BT.detach(), ref_BT, other, value_BT)
         totals: dict[str, Any] = {
             "aggregate": self.config.loss.aggregate,
             "norm_length": self.config.loss.norm_length,
@@ -86,16 +80,11 @@ class Objective:
             "num_tokens": num_tokens,
         }
         loss, metrics = self._policy_loss(batch, before, logprobs_BT, old_BT, entropy_BT, kl_BT, totals)
-        if self.config.value and value_BT is not None and before.return_BT is not None:
+        if (value := self.config.value) and value_BT is not None and before.return_BT is not None:
             error, of_value = value_loss(
-                value_BT,
-                before.return_BT,
-                batch.mask_BT,
-                old_value_BT=before.value_BT,
-                clip=self.config.value.clip,
-                **totals,
+                value_BT, before.return_BT, batch.mask_BT, old_value_BT=before.value_BT, clip=value.clip, **totals
             )
-            loss, metrics = loss + self.config.value.coef * error, metrics | of_value
+            loss, metrics = loss + value.coef * error, metrics | of_value
         return loss, metrics | {"loss": loss.detach()}, before
 
     def _policy_loss(
@@ -115,15 +104,8 @@ class Objective:
             options |= {"rollout_logprobs_BT": drawn_BT, "rollout_cap": config.rollout_cap}
         if config.kl == "trpo":
             assert kl_BT is not None
-            return trpo_loss(
-                logprobs_BT,
-                before.logprobs_BT,
-                before.advantage,
-                batch.mask_BT,
-                kl_BT,
-                kl_coef=self.kl_coef,
-                **options,
-            )
+            of = (logprobs_BT, before.logprobs_BT, before.advantage, batch.mask_BT, kl_BT)
+            return trpo_loss(*of, kl_coef=self.kl_coef, **options)
         in_loss = config.kl in ("k2", "k3", "full")
         return policy_loss(
             logprobs_BT,

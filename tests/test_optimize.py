@@ -577,6 +577,20 @@ def test_in_bfloat16_small_updates_are_not_lost():
         optimizer_of(policy_of(tiny_model().bfloat16()), run_config())
 
 
+@pytest.mark.parametrize("kind", ["none", "k3", "full", "trpo"])
+def test_in_bfloat16_the_gradient_is_nearly_the_same(kind):
+    norms = []
+    for dtype in ("float32", "bfloat16"):
+        loss = {"kl": kind, "kl_coef": 2.0} if kind != "none" else {}
+        config = run_config(policy={"model": "m", "dtype": dtype}, loss=loss, optimizer={"lr": 1e-3, "epochs": 2})
+        policy = policy_of(tiny_model(tied=False))
+        optimizer = optimizer_of(policy, config, policy_of(tiny_model(seed=1, tied=False)))
+        head = policy.model.lm_head.weight.detach().clone()
+        norms.append(optimizer.update(some(), 1).metrics["grad_norm"])
+        assert (policy.model.lm_head.weight != head).any()
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+
+
 @pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
 def test_gradient_checkpointing_changes_memory_alone(kind):
     """GPT-2 has dropout of 0.1 in its config: none of it may be on."""
