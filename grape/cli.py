@@ -327,6 +327,8 @@ def _needs_torch() -> None:
             raise ConfigError(f"training needs the package {package}: pip install 'grape-rl[train]'")
     from transformers.utils import logging as told
 
+    warnings.simplefilter("ignore", FutureWarning)  # what they say to each other
+
     told.disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading weights: noise beside the run's own
     told.set_verbosity_error()  # type: ignore[no-untyped-call]
 

@@ -31,7 +31,9 @@ class Modes:
         self._layers: list[Any] = []
         if gradient_checkpointing:
             try:
-                causal_lm(model).gradient_checkpointing_enable({"use_reentrant": False})
+                base = causal_lm(model)  # transformers is renaming this
+                enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+                enable({"use_reentrant": False})
             except ValueError as error:
                 raise ConfigError(f"{WHERE}: {one_line(error)}") from error
             self._layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
