@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import duckdb
 import pytest
 from loopback import Answer, JudgeServer
 
@@ -122,17 +123,22 @@ def test_a_failed_out_file_leaves_no_run_behind(started, tmp_path):
     assert not (tmp_path / "critiques.duckdb").exists()
 
 
-def test_quickstart_ranks_real_models(tmp_path):
-    done = grape("quickstart", cwd=tmp_path)
-    assert "200 responses to 50 questions" in done.stdout
-    with duckdb.connect(str(tmp_path / "quickstart.duckdb"), read_only=True) as connection:
-        ranking = connection.sql("""
-            select metadata->>'model' as model, avg(score) from verdicts join responses using (run, step, response_id)
-            where item = 'correct' group by model order by 2 desc""").fetchall()
-    assert ranking[0][0] == "175b_verification"
-    for model, correct in ranking:
-        assert model in done.stdout
-        assert f"{correct:g}" in done.stdout
+def test_real_responses_rank_their_models(tmp_path):
+    make = runpy.run_path("examples/gsm8k/make.py")
+    rows = itertools.islice(make["rows"](), 200)
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = grape("score", "responses.jsonl", "--no-judges", cwd=tmp_path)
+    assert "200 responses to 50 questions; mean reward 0.440; 0 unscorable" in done.stdout
+    query = """select metadata->>'model' as model, avg(score) as correct
+        from verdicts join responses using (run, step, response_id)
+        where item = 'correct' group by model order by correct desc"""
+    ranking = json.loads(grape("sql", query, "--format", "json", cwd=tmp_path).stdout)
+    assert [(row["model"], row["correct"]) for row in ranking] == [
+        ("175b_verification", 0.54),
+        ("175b_finetuning", 0.32),
+        ("6b_verification", 0.28),
+        ("6b_finetuning", 0.18),
+    ]
 
 
 def test_a_dead_judge_says_why(started, tmp_path):

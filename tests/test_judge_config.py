@@ -26,6 +26,12 @@ def test_three_lines_are_a_judge(tmp_path):
     assert (got.source, got.hash) == (str(tmp_path / "j.yaml"), digest(MINIMAL))
 
 
+def test_a_prompt_may_stand_beside_the_judge(tmp_path):
+    (tmp_path / "own.jinja").write_text("{% block user %}{{ response }}{{ criterion }}{% endblock %}")
+    assert judge(tmp_path, f"{MINIMAL}prompt: own.jinja\n").prompt == str(tmp_path / "own.jinja")
+    assert judge(tmp_path, f"{MINIMAL}prompt: other.jinja\n").prompt == "other.jinja"
+
+
 def test_everything_of_the_format_is_read(tmp_path, monkeypatch):
     monkeypatch.setenv("KEY", "k-1")
     monkeypatch.setenv("MODEL", "m-2")

@@ -106,7 +106,8 @@ def _register(name: str, function: F) -> F:
 def registry() -> dict[str, Checker]:
     """All checkers by name, the shipped ones included."""
     for module in SHIPPED:
-        importlib.import_module(f"grape.checkers.{module}")
+        if (name := f"grape.checkers.{module}") not in sys.modules:  # asked for every verdict, it has to be quick
+            importlib.import_module(name)
     return REGISTRY
 
 

@@ -258,9 +258,16 @@ def parse_judge(data: Any, source: str) -> Judge:
 
 
 def load_judge(name: str | Path) -> Judge:
-    """The judge of a name or a file, with its source and content hash."""
+    """The judge of a name or a file, with its source and content hash.
+
+    A ``prompt`` that names a file may stand beside the judge's own.
+    """
     path = resources.find("judges", name)
     text = resources.read_text(path)
-    judge = parse_judge(resources.read_yaml(path, text), str(path))
+    data = resources.read_yaml(path, text)
+    prompt = data.get("prompt") if isinstance(data, dict) else None
+    if isinstance(prompt, str) and prompt.endswith(".jinja") and resources.is_file(path.parent / prompt):
+        data["prompt"] = str(path.parent / prompt)
+    judge = parse_judge(data, str(path))
     judge._hash = resources.digest(text)
     return judge
