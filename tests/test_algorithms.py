@@ -404,7 +404,7 @@ def test_the_warning_of_equation_17_is_one_line_once(tmp_path):
         [*command, f"log={tmp_path / 'log.duckdb'}", "steps=3"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0
-    assert done.stderr.count("warning") == 1
+    assert done.stderr.count("warning: ") == 1
     assert (
         "grape: warning: ratio='sequence' (eq. 17) clips whole sequences: the relaxed constraint can make the model"
         " collapse; the paper advises to start with 'token' (eq. 14)\n"
