@@ -31,6 +31,10 @@ RUN = {
 SMALL = {"steps": 2, "sampling": {"questions": 2, "responses": 2}, "checkpoint": {"every": 1}}
 
 
+def slow(*death):
+    return pytest.param(death, marks=pytest.mark.slow)
+
+
 def shuffled(body, number):
     """The judge of `fair`, whose replies come in any order."""
     return Answer(text=fair(body, number), delay=random.Random(number).uniform(0, 0.03))
@@ -101,12 +105,12 @@ def test_the_uninterrupted_run_has_in_it_all_that_a_resumed_one_might_lose(judge
 @pytest.mark.parametrize(
     "death",
     [
-        ("os.rename", "journal/step-000003.json"),  # judged, and nothing of it kept but the calls
-        ("update", "before 5"),  # the journal is written
+        slow("os.rename", "journal/step-000003.json"),  # judged, and nothing of it kept but the calls
+        slow("update", "before 5"),  # the journal is written
         ("update", "before 6"),  # after the first of step 3's two epochs
-        ("reported", "step 3"),  # the log has a step that no checkpoint has
-        ("os.rename", "checkpoints/step-000004"),  # the checkpoint is whole but for its name
-        ("shutil.rmtree", "checkpoints/step-000002"),  # it is there, with the older one and the journal
+        slow("reported", "step 3"),  # the log has a step that no checkpoint has
+        slow("os.rename", "checkpoints/step-000004"),  # the checkpoint is whole but for its name
+        slow("shutil.rmtree", "checkpoints/step-000002"),  # it is there, with the older one and the journal
     ],
 )
 def test_a_run_killed_at_any_point_ends_with_the_same_bits_and_the_same_log(tmp_path, judged, death):
@@ -119,6 +123,7 @@ def test_a_run_killed_at_any_point_ends_with_the_same_bits_and_the_same_log(tmp_
     assert list(folder.glob("checkpoints/journal/*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
@@ -166,15 +171,12 @@ def test_as_many_checkpoints_are_kept_as_asked_for(small):
     ]
 
 
-@pytest.mark.parametrize("death", [("open", "step-000002/state.json"), ("shutil.rmtree", "step-000001")])
+@pytest.mark.parametrize("death", [("open", "step-000002/state.json"), slow("shutil.rmtree", "step-000001")])
 def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_whole(tmp_path, small, death):
     whole = shutil.copytree(small, tmp_path / "whole")
     live(small, "checkpoint.keep=1", death=death)
     names = sorted(path.name for path in small.glob("checkpoints/*step-*"))
-    assert names == [
-        ".step-000002" if death[0] == "open" else "step-000001",
-        "step-000001" if death[0] == "open" else "step-000002",
-    ]
+    assert names == ([".step-000002", "step-000001"] if death[0] == "open" else ["step-000001", "step-000002"])
     live(small, "checkpoint.keep=1", resume=True)
     train(whole)
     assert state(small) == state(whole)
@@ -253,20 +255,36 @@ def test_a_second_process_at_the_same_run_is_refused(small):
 
 
 @pytest.mark.slow
-def test_thirty_kills_at_random_moments_leave_no_trace(tmp_path, judged):
-    """Whatever a kill hits (loading, sampling, judging, updates, log, checkpoints), one run takes all thirty."""
-    start, _ = judged
-    more = ["steps=40", "checkpoint.every=3", "checkpoint.keep=2"]
-    for source in ("log", "step"):
-        whole, killed = (shutil.copytree(start, tmp_path / f"{source}-{name}") for name in ("whole", "killed"))
-        live(whole, *more, f"improve.source={source}")
-        rng, moments = random.Random(source), []
-        while len(moments) < 15:
-            process = begin(killed, *more, f"improve.source={source}", resume=True)
-            moments.append(rng.uniform(0.5, 6))
-            process.join(moments[-1])
-            assert process.exitcode is None, f"{source}: ended with {process.exitcode} after {len(moments)} kills"
-            process.kill()
-            process.join()
-        live(killed, *more, f"improve.source={source}", resume=True, timeout=300)
-        assert same(killed, whole), f"{source}: killed after {moments}"
+@pytest.mark.parametrize("source", ["log", "step"])
+def test_fifteen_kills_at_random_moments_leave_no_trace(tmp_path, judged, source):
+    """Whatever a kill hits: loading, sampling, judging, updates, log, checkpoints. Two times fifteen in all."""
+    more = ["steps=12", "checkpoint.every=3", "checkpoint.keep=2", f"improve.source={source}"]
+    whole = shutil.copytree(judged[0], tmp_path / "whole")
+    live(whole, *more)
+    rng, kills = random.Random(source), 0
+    while kills < 15:  # one run may end before it was killed so often: then another begins
+        folder = shutil.copytree(judged[0], tmp_path / f"killed-{kills}")
+        moments: list[str] = []
+        while kills < 15 and (moment := killed(folder, begin(folder, *more, resume=True), rng)):
+            moments.append(moment)
+            kills += 1
+        live(folder, *more, resume=True, timeout=300)
+        print(f"{source}: killed {', '.join(moments)}")  # shown if the next line fails
+        assert same(folder, whole)
+
+
+def killed(folder, process, rng):
+    """When a run was killed: in its first second, or within a second of a step's entry in the journal. None: it ended."""
+    known = set(folder.glob("checkpoints/journal/step-*"))
+    new: set[Path] = set()
+    if rng.random() < 0.8:
+        wait_for(lambda: set(folder.glob("checkpoints/journal/step-*")) - known or process.exitcode is not None)
+        new = set(folder.glob("checkpoints/journal/step-*")) - known
+    delay = rng.uniform(0, 1)
+    process.join(delay)
+    if process.exitcode is not None:
+        assert process.exitcode == 0
+        return None
+    process.kill()
+    process.join()
+    return f"{delay:.3f} s after {max(new).stem if new else 'the start'}"
