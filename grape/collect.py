@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
-
-import torch
 
 from grape.batch import Judged, not_judged
 from grape.chat import harmless, prompt_ids
@@ -20,9 +16,10 @@ from grape.errors import ConfigError
 from grape.judge.prompt import load_prompt
 from grape.panel import Panel
 from grape.plan import Plan
-from grape.policy import Policy, causal_lm
+from grape.policy import causal_lm
 from grape.resources import digest
-from grape.rollout import Finish, Rollout, Sampling, sample
+from grape.rollout import Finish, Rollout
+from grape.sampler import Sampler
 from grape.types import Question, Response
 
 
@@ -56,22 +53,16 @@ class Answered:
     judged: Judged
 
 
-def seeded(*parts: object) -> int:
-    """A seed that is a function of its parts alone, so that no state of a generator has to be kept."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:8], "big") >> 1
-
-
 class Collector:
     """Asks the policy and the panel. The policy must be left to it while it asks."""
 
-    def __init__(self, *, policy: Policy, config: RunConfig, panel: Panel, accelerator: Any) -> None:
-        self._policy = policy
-        self._config = config
+    def __init__(self, *, sampler: Sampler, config: RunConfig, panel: Panel) -> None:
         self.panel = panel
-        self._accelerator = accelerator
+        self._sampler = sampler
+        self._policy = sampler.policy
+        self._config = config
         self._systems: dict[str, tuple[str | None, str | None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grape-policy")
-        Sampling(**self._drawn())  # a setting that training cannot use is an error now
 
     def close(self) -> None:
         """Let go of the thread."""
@@ -136,47 +127,23 @@ class Collector:
         def judge(place: int, text: str, finish: Finish) -> None:
             tasks[place] = loop.create_task(self._judge(panel or self.panel, asked[place], text, finish))
 
-        def on_response(rollout: Rollout, start: int) -> None:
-            place = groups[rollout.group + start][rollout.member]
+        def on_response(rollout: Rollout) -> None:
+            place = groups[rollout.group][rollout.member]
             ended[place] = rollout
             loop.call_soon_threadsafe(judge, place, rollout.text, rollout.finish)
-
-        def draw() -> None:
-            for number, (start, end) in enumerate(self._portions([len(places) for places in groups])):
-                generator = torch.Generator(device=self._policy.model.device).manual_seed(seeded(*seed, number))
-                with self._accelerator.autocast():
-                    sample(
-                        self._policy,
-                        [ids for _, ids in list(prompts)[start:end]],
-                        responses=[len(places) for places in groups[start:end]],
-                        max_tokens=self._config.sampling.max_tokens,
-                        generator=generator,
-                        sampling=Sampling(temperature=0.0, training=False) if greedy else Sampling(**self._drawn()),
-                        on_response=partial(on_response, start=start),
-                    )
 
         try:
             for place, one in enumerate(asked):
                 if one.given is not None:
                     judge(place, one.given, "stop")
-            await self.run(draw)
+            ids, counts = [ids for _, ids in prompts], [len(places) for places in groups]
+            await self.run(self._sampler.draw, ids, counts, seed, greedy, on_response)
             judged = [await tasks[place] for place in range(len(asked))]
         finally:
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
         return [self._answered(one, ended.get(place), judged[place]) for place, one in enumerate(asked)]
-
-    def _portions(self, counts: Sequence[int]) -> list[tuple[int, int]]:
-        """The prompts cut so that at most ``sampling.rows`` responses are decoded at a time, or one group."""
-        limit = self._config.sampling.rows
-        cuts, rows = [0], 0
-        for place, count in enumerate(counts):
-            if limit is not None and rows and rows + count > limit:
-                cuts.append(place)
-                rows = 0
-            rows += count
-        return [(start, end) for start, end in zip(cuts, [*cuts[1:], len(counts)], strict=True) if start < end]
 
     async def _judge(self, panel: Panel, asked: Asked, text: str, finish: Finish) -> Judged:
         question = asked.plan.question
@@ -203,10 +170,6 @@ class Collector:
         text = harmless(tokenizer, asked.given or "", f"question {asked.plan.question.question_id!r}")
         ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
         return Answered(asked=asked, token_ids=ids, logprobs=None, finish="stop", judged=judged)
-
-    def _drawn(self) -> dict[str, Any]:
-        config = self._config.sampling
-        return {name: getattr(config, name) for name in ("temperature", "top_p", "top_k", "min_p")}
 
 
 def sft_text(plan: Plan, field: str) -> str | None:

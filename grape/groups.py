@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
-from grape.collect import Answered, Asked, Collector, seeded, sft_text
+from grape.collect import Answered, Asked, Collector, sft_text
 from grape.config import RunConfig
 from grape.improve import (
     Control,
@@ -22,6 +22,7 @@ from grape.improve import (
 )
 from grape.log import Log
 from grape.plan import Plan
+from grape.sampler import seeded
 from grape.step import settled_groups
 from grape.types import Question
 

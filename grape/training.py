@@ -13,18 +13,19 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from grape.checkpoint import Checkpoints, Saved
-from grape.collect import Answered, Collector, seeded
+from grape.collect import Answered, Collector
 from grape.config import RunConfig, load_run
 from grape.errors import ConfigError
 from grape.groups import Groups
 from grape.heldout import Heldout, measured_difficulty
+from grape.learner import Learner
 from grape.log import Log
 from grape.material import Material, identity, make_accelerator, read_material, run_row
 from grape.metrics import shifts
-from grape.optimize import Optimizer, Update
+from grape.optimize import Update
 from grape.order import Order
 from grape.panel import Panel
-from grape.policy import Policy, load_policy
+from grape.ranks import Ranks
 from grape.run import answered_calls, hold, new_name
 from grape.scoring import make_critics
 from grape.step import Step, make_step, settled_groups
@@ -79,24 +80,27 @@ async def train(
     if isinstance(run, RunConfig) and overrides:
         raise ConfigError("overrides: are for a run's file; a RunConfig is taken as it is")
     accelerator = make_accelerator(config)
+    ranks = Ranks(accelerator)
+    if not ranks.leads:
+        (saved,) = ranks.hear()
+        ended: Trained = Learner(config, accelerator, saved).follow()
+        return ended
     begun = begin(config, resume=resume, allow_changes=allow_changes)
-    policy = _policy(config, begun.saved, str(accelerator.device))
     async with AsyncExitStack() as stack:
         store = stack.enter_context(Log(config.log))
         stack.enter_context(hold(store, begun.name))
+        begun = begun.looked_up(resume)
+        ranks.say(begun.saved)
+        learner = Learner(config, accelerator, begun.saved)
         answered = answered_calls(store, begun.name) if resume else None
-        panel = await stack.enter_async_context(
-            Panel(make_critics(begun.material.judges, store, begun.name, answered), sandbox)
-        )
+        critics = make_critics(begun.material.judges, store, begun.name, answered)
+        panel = await stack.enter_async_context(Panel(critics, sandbox))
         panel.check(begun.material.plans.values())
         await panel.reach()
-        collector = Collector(policy=policy, config=config, panel=panel, accelerator=accelerator)
+        collector = Collector(sampler=learner.sampler, config=config, panel=panel)
         stack.callback(collector.close)
         begun = replace(begun, material=begun.material.with_room(collector, config.questions))
-        optimizer = Optimizer(policy, config, accelerator, reference=_reference(config, str(accelerator.device)))
-        if begun.saved:
-            optimizer.load_state_dict(begun.saved.optimizer())
-        loop = Loop(begun, store, collector, optimizer)
+        loop = Loop(begun, store, collector, learner)
         if config.evaluate:
             loop.heldout = Heldout(config, begun.name, store, collector, begun.material, sandbox)
         begun.claim(store)
@@ -105,7 +109,9 @@ async def train(
         if config.trackers:
             accelerator.init_trackers("grape", config={"run": begun.name, **_flat(config.model_dump())})
             stack.callback(accelerator.end_training)
-        return await loop.run(report)
+        done = await loop.run(report)
+        ranks.say("end", done)
+        return done
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +123,14 @@ class Begun:
     material: Material
     identity: Mapping[str, str]
     checkpoints: Checkpoints | None
-    saved: Saved | None
+    saved: Saved | None = None
+
+    def looked_up(self, resume: bool) -> Begun:
+        """With its last checkpoint, now that nobody else is at it."""
+        saved = self.checkpoints.latest() if self.checkpoints and resume else None
+        if saved and saved.step >= self.config.steps:
+            logger.warning("run %s is finished: it has %d steps", self.name, saved.step)
+        return replace(self, saved=saved)
 
     def claim(self, store: Log) -> None:
         """From here on the checkpoints' folder and the log hold the run: all that could be wrong has been looked at."""
@@ -134,7 +147,7 @@ class Begun:
 
 
 def begin(config: RunConfig, *, resume: bool, allow_changes: bool) -> Begun:
-    """Everything that the run names, read and checked, and its checkpoints looked up. Nothing is written."""
+    """Everything that the run names, read and checked. Nothing is written."""
     if resume and config.checkpoint is None:
         raise ConfigError("checkpoint: is not set, so there is nothing to resume from")
     material = read_material(config)
@@ -144,22 +157,19 @@ def begin(config: RunConfig, *, resume: bool, allow_changes: bool) -> Begun:
     checkpoints = Checkpoints(config.checkpoint) if config.checkpoint else None
     if checkpoints:
         name = checkpoints.check(name, parts, resume=resume, allow_changes=allow_changes)
-    saved = checkpoints.latest() if checkpoints and resume else None
-    if saved and saved.step >= config.steps:
-        logger.warning("run %s is finished: it has %d steps", name, saved.step)
-    return Begun(config=config, name=name, material=material, identity=parts, checkpoints=checkpoints, saved=saved)
+    return Begun(config=config, name=name, material=material, identity=parts, checkpoints=checkpoints)
 
 
 class Loop:
     """The steps of a run, from the first that is not done to the last."""
 
-    def __init__(self, begun: Begun, store: Log, collector: Collector, optimizer: Optimizer) -> None:
+    def __init__(self, begun: Begun, store: Log, collector: Collector, learner: Learner) -> None:
         self.heldout: Heldout | None = None
         self._begun = begun
         self._config, self._name, self._checkpoints = begun.config, begun.name, begun.checkpoints
         self._store = store
         self._collector = collector
-        self._optimizer = optimizer
+        self._learner = learner
         self._groups = Groups(begun.config, begun.material.plans, collector, store, begun.name)
         self._logged = {step for (step,) in store.query("select step from steps where run = ?", [begun.name])}
         self._known = {one for (one,) in store.query("select question_id from questions where run = ?", [begun.name])}
@@ -180,11 +190,11 @@ class Loop:
             self._append(step, update, metrics)
             position, before = step.position, before | metrics
             if self._checkpoints and (number % self._checkpoints.config.every == 0 or number == steps):
-                self._checkpoints.save(number, position, self._optimizer.policy, self._optimizer.state_dict())
+                self._checkpoints.save(number, position, self._learner.policy, self._learner.optimizer.state_dict())
             if self.heldout and self._due(number):
                 found = await self.heldout.evaluate(number)
                 metrics |= {f"heldout/{name}": value for name, value in found.items()}
-            self._optimizer.accelerator.log(metrics, step=number)
+            self._learner.optimizer.accelerator.log(metrics, step=number)
             if report:
                 seconds = perf_counter() - started
                 report(StepReport(step=number, steps=steps, metrics=metrics, seconds=seconds))
@@ -236,7 +246,7 @@ class Loop:
         if not any(member.trained for member in step.members):
             logger.warning("step %d: no response could be trained on; the weights stay as they are", step.number)
             return Update(metrics={}, logprobs={})
-        update: Update = await self._collector.run(self._optimizer.update, step.members, step.number)
+        update: Update = await self._collector.run(self._learner.update, step.members, step.number)
         return update
 
     def _append(self, step: Step, update: Update, metrics: dict[str, float]) -> None:
@@ -265,24 +275,6 @@ def gap(step: Step, update: Update) -> dict[str, float]:
     drawn = sum(sum(one.rollout_logprobs or ()) for one in off)
     trained = sum(update.logprobs[one.response_id] for one in off)
     return {"off_policy/gap": (drawn - trained) / sum(len(one.token_ids) for one in off)}
-
-
-def _policy(config: RunConfig, saved: Saved | None, device: str) -> Policy:
-    """The policy as the run has left it, or as it begins. Full weights stay in float32, whatever they are used in."""
-    lora = config.policy.lora
-    dtype = config.policy.dtype if lora else "float32"
-    if saved:
-        return load_policy(str(saved.folder), dtype=dtype, device=device, where="checkpoint.dir")
-    return load_policy(
-        config.policy.model, dtype=dtype, lora=lora, device=device, seed=seeded(config.seed, "lora") >> 1
-    )
-
-
-def _reference(config: RunConfig, device: str) -> Policy | None:
-    """The policy as the run began, where the loss asks for it. Fresh adapters, switched off, are that already."""
-    if config.loss.kl in ("none", "trpo") or config.policy.lora:
-        return None
-    return load_policy(config.policy.model, dtype="float32", device=device)
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,8 +19,8 @@ LAYERS = [
     {"policy", "value"},
     {"rollout", "logprobs"},
     {"member", "modes"},
-    {"reference"},
-    {"objective"},
+    {"reference", "ranks"},
+    {"objective", "sampler"},
     {"optimize"},
     {"checkers", "log"},
     {"item"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"metrics"},
     {"step"},
     {"groups", "material", "checkpoint"},
-    {"heldout"},
+    {"heldout", "learner"},
     {"training"},
     {"cases", "tour"},
     {"cli"},
@@ -43,6 +43,7 @@ LAYERS = [
 TENSOR = {"adapters", "kl", "logprobs", "loss", "member", "modes", "objective"}
 TENSOR |= {"optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
+TENSOR |= {"ranks", "sampler", "learner"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
