@@ -69,13 +69,15 @@ def test_python_blocks_run(tmp_path):
         assert done.returncode == 0, done.stderr
 
 
-def test_yaml_blocks_are_rubrics_or_judges():
+def test_yaml_blocks_are_rubrics_judges_or_runs():
     found = blocks(README, "yaml")
     assert found
     for block in found:
         data = read_yaml("README.md", block)
         if "rubric" in data:
             parse_rubric(data, "README.md")
+        elif "policy" in data:
+            parse_run(data, "README.md")
         else:
             Judge.model_validate(data)
 
