@@ -37,7 +37,7 @@ class _Verbs(click.Group):
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="grape-rl", prog_name="grape")
 def cli() -> None:
-    """Score responses against rubrics in YAML, and ask the critique log questions in SQL."""
+    """Score responses against rubrics in YAML, train a policy on the scores, and ask the critique log in SQL."""
 
 
 class _Told(logging.Handler):
@@ -306,9 +306,7 @@ def train(
             if as_json:
                 print(json.dumps({"step": step.step, "seconds": step.seconds, **step.metrics}), file=sys.__stdout__)
 
-        done = asyncio.run(
-            train(config, resume=resume, allow_changes=allow_changes, sandbox=sandbox, report=report)
-        )
+        done = asyncio.run(train(config, resume=resume, allow_changes=allow_changes, sandbox=sandbox, report=report))
     if not as_json and ends:
         show(training_table(ends[0], ends[-1]))
     if not as_json and done.heldout:
