@@ -30,7 +30,7 @@ select item, count(*) as verdicts, round(avg(score), 3) as score, round(avg(conf
 from verdicts where run = {LAST} and kind = 'judge'
 group by item order by confidence desc""",
     "Which critiques became rare?": f"""\
-select reasoning, count(*) filter (step <= 10) as first_steps, count(*) filter (step > 40) as last_steps
+select reasoning, count(*) filter (step <= 10) as first_steps, count(*) filter (step > 50) as last_steps
 from verdicts where run = {LAST} and kind = 'judge' and score = 0
 group by reasoning order by first_steps desc""",
 }
