@@ -102,7 +102,7 @@ def test_the_shipped_questions_are_those_that_the_policy_is_not_taught():
 
 
 @pytest.mark.slow
-def test_the_run_pairs_improved_with_fresh_responses(tmp_path, monkeypatch):
+def test_the_run_pairs_improved_with_fresh_responses(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GRAPE_HOME", str(EXAMPLE))
     monkeypatch.chdir(ROOT)
     make = script(EXAMPLE / "make.py")
@@ -111,17 +111,17 @@ def test_the_run_pairs_improved_with_fresh_responses(tmp_path, monkeypatch):
     (tmp_path / "questions.jsonl").write_text("\n".join(few))
     log = tmp_path / "log.duckdb"
     changes = [
-        f"policy.model={tmp_path}/policy", f"questions.path={tmp_path}/questions.jsonl", f"log={log}", "steps=10",
-        "evaluate.every=10",
+        f"policy.model={tmp_path}/policy", f"questions.path={tmp_path}/questions.jsonl", f"log={log}", "steps=9",
+        "evaluate.every=3",
     ]  # fmt: skip
     trained = asyncio.run(train(load_run(EXAMPLE / "run.yaml", changes)))
 
-    assert sorted(trained.heldout) == [0, 10]
+    assert sorted(trained.heldout) == [0, 3, 6, 9]
     effect = {
         name: (n, responses) for name, n, responses in ask(log, "select control, n, responses from improve_effect")
     }
     assert set(effect) == {"own", "shuffled", "none"}
-    assert sum(responses for _, responses in effect.values()) == 9 * 8 * 2  # a quarter of 8, but for the first step
+    assert sum(responses for _, responses in effect.values()) == 8 * 8 * 2  # a quarter of 8, but for the first step
     assert all(n <= responses for n, responses in effect.values())
     assert effect["own"][1] > effect["none"][1] > 20 < effect["shuffled"][1]
     ((parents,),) = ask(
@@ -129,7 +129,7 @@ def test_the_run_pairs_improved_with_fresh_responses(tmp_path, monkeypatch):
         "select count(*) from responses r join responses p on r.parent_id = p.response_id "
         "where r.route = 'improve' and p.step = r.step - 1 and p.question_id = r.question_id",
     )
-    assert parents == 9 * 8 * 2
+    assert parents == 8 * 8 * 2
     for (metrics,) in ask(log, "select metrics::varchar from steps where step > 1 and run not like '%.heldout'"):
         assert {"entropy", "ref_kl", "off_policy/gap"} <= set(json.loads(metrics))
 
@@ -137,4 +137,14 @@ def test_the_run_pairs_improved_with_fresh_responses(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     for name in benchmark.RUNS:
         benchmark.place(tmp_path / "runs", name, 0).write_bytes(log.read_bytes())
-    benchmark.report(tmp_path / "runs", 1)
+    benchmark.report(tmp_path / "runs", 1, 9)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(("own  ", "shuffled", "none"))] == [
+        "own",
+        "shuffled",
+        "none",
+    ]
+    assert len([line for line in lines if line.startswith(tuple(benchmark.RUNS))]) == len(benchmark.RUNS) + 2
+    before, after, mean = benchmark.figures(log, 9)[:3]
+    scores = [trained.heldout[step]["weighted/mean"] for step in (0, 3, 6, 9)]
+    assert (before, after, mean) == (scores[0], scores[-1], pytest.approx(sum(scores) / 4))
