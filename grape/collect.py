@@ -106,10 +106,17 @@ class Collector:
             self._systems[name] = (prompt.render()["system"], prompt.hash)
         return self._systems[name]
 
-    def fits(self, ids: Sequence[int]) -> bool:
-        """Whether a prompt leaves room for a response of the greatest length."""
+    def answer_ids(self, question: Question, text: str) -> tuple[int, ...]:
+        """A given answer as the tokens of a response that has ended."""
+        tokenizer = self._policy.tokenizer
+        text = harmless(tokenizer, text, f"question {question.question_id!r}")
+        return (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+
+    def fits(self, ids: Sequence[int], more: int | None = None) -> bool:
+        """Whether a prompt leaves room for so many tokens ``more``, by default a response of the greatest length."""
+        more = self._config.sampling.max_tokens if more is None else more
         room = getattr(causal_lm(self._policy.model).config.get_text_config(), "max_position_embeddings", None)
-        return not room or len(ids) + self._config.sampling.max_tokens <= room
+        return not room or len(ids) + more <= room
 
     async def answers(
         self, asked: Sequence[Asked], *seed: object, greedy: bool = False, panel: Panel | None = None
@@ -166,9 +173,7 @@ class Collector:
                 finish=rollout.finish,
                 judged=judged,
             )
-        tokenizer = self._policy.tokenizer
-        text = harmless(tokenizer, asked.given or "", f"question {asked.plan.question.question_id!r}")
-        ids = (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        ids = self.answer_ids(asked.plan.question, asked.given or "")
         return Answered(asked=asked, token_ids=ids, logprobs=None, finish="stop", judged=judged)
 
 

@@ -14,9 +14,9 @@ from grape.types import Strict, Unit
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 def _many(value: Any) -> Any:
@@ -240,14 +240,16 @@ class RunConfig(Strict):
             raise ValueError(f".loss.kl_coef: loss.kl {loss.kl} needs one above 0")
         if loss.kl == "trpo" and loss.ratio != "token":
             raise ValueError(".loss.kl: trpo goes with ratio token")
+        if loss.dual_clip and (loss.ratio in ("tapered", "none") or loss.kl == "trpo"):
+            raise ValueError(".loss.dual_clip: needs a clip, which ratio tapered, ratio none and kl trpo have not")
         if loss.aggregate == "seq-mean-token-sum-norm" and loss.norm_length is None:
             raise ValueError(".loss.norm_length: aggregate seq-mean-token-sum-norm needs it")
         if self.value and per_sequence:
             raise ValueError(f".value: has an advantage per token, ratio {loss.ratio} takes one per sequence")
         if self.value and (self.advantage.baseline != "none" or self.advantage.scale != "none"):
             raise ValueError(".value: the value head is the baseline: set advantage.baseline to none and no scale")
-        if self.truncation.how == "soft" and not self.truncation.buffer:
-            raise ValueError(".truncation.buffer: how: soft needs it")
+        if self.truncation.how == "soft" and not 0 < (self.truncation.buffer or 0) <= self.sampling.max_tokens:
+            raise ValueError(".truncation.buffer: how: soft needs it, and it is at most sampling.max_tokens")
         return self
 
 

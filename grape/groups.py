@@ -96,10 +96,14 @@ class Groups:
         made = []
         for group in wanted:
             chosen: Previous | None = None
+            other: Previous | None = None  # in the context behaviour, too, one for all: they share a baseline
             for asked, control in group.improving:
                 if chosen is None or self._config.improve.context == "canonical":
                     chosen = pick(earlier[asked.plan.question.question_id], self._config.improve.pick, group.rng)
-                improving = self._improving(asked, chosen, control, pool, group.rng)
+                    other = None
+                if control == "shuffled" and other is None:
+                    other = pick_other(chosen, pool, group.rng)
+                improving = self._improving(asked, chosen, control, other)
                 if improving is None and not self._told:
                     self._told = True
                     logger.warning(
@@ -110,10 +114,8 @@ class Groups:
                 made.append(improving or asked)
         return made
 
-    def _improving(
-        self, asked: Asked, chosen: Previous, control: Control, pool: Sequence[Previous], rng: Random
-    ) -> Asked | None:
-        other = pick_other(chosen, pool, rng) if control == "shuffled" else None
+    def _improving(self, asked: Asked, chosen: Previous, control: Control, other: Previous | None) -> Asked | None:
+        other = other if control == "shuffled" else None
         control = "own" if control == "shuffled" and other is None else control
         question = asked.plan.question
         messages = improve_messages(

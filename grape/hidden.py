@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from grape.plan import Plan
 WORD = re.compile(r"\d+(?:[.,]\d+)*|\w+")  # 0.4 is one word, and no quotation of 4
 BREAK = re.compile(r"((?<=[.!?])\s+|\s*\n\s*)")
 RUN = 8  # so many words in a row of a hidden text are a quotation of it, or a whole sentence of fewer
-EXACT = 3  # characters up to which case counts in a word by itself: an answer A is not the article
+EXACT = 1  # characters up to which case counts in a word by itself: an answer A is not the article
 INSIDE = 8  # characters from which on a sentence is also found inside words
 REMARK = 20  # characters from which on a field that no checker is given counts too: a solution, and no label
 
@@ -129,11 +130,11 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.replace(",", "") for word in WORD.findall(text))
+    return tuple(word.replace(",", "") for word in WORD.findall(unicodedata.normalize("NFKC", text)))
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def _windows(words: tuple[str, ...], length: int) -> Iterator[tuple[str, ...]]:

@@ -181,7 +181,7 @@ def routes(config: ImproveConfig, members: int, rng: Random, *, asked_before: bo
     if config.probability:
         number = sum(rng.random() < config.probability for _ in range(members))
     if config.source == "step":
-        number = min(number, members - 1)
+        number = min(number, max(members - 1, 0))
     if config.source == "log" and not asked_before:
         number = 0
     return [None] * (members - number) + _controls(config.controls, number, rng)

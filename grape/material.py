@@ -15,7 +15,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs
 
 from grape.checkers import load_checkers
-from grape.collect import Collector
+from grape.collect import Collector, sft_text
 from grape.config import QuestionsConfig, RunConfig
 from grape.errors import ConfigError, known
 from grape.item import flatten
@@ -48,7 +48,8 @@ class Material:
         ids = list(self.plans)
         difficulty: Mapping[str, float] | None = None
         if scores is not None and config.difficulty is not None:
-            ids, difficulty = keep_by_difficulty(scores, config.difficulty)
+            kept, difficulty = keep_by_difficulty(scores, config.difficulty)
+            ids = [name for name in ids if name in set(kept)]
         return Order.of(
             self.questions, ids, config, seed=self.config.seed, count=self.config.sampling.questions,
             steps=self.config.steps, difficulty=difficulty,
@@ -65,19 +66,30 @@ class Material:
         return question_rows(run, some)
 
     def with_room(self, collector: Collector, source: QuestionsConfig) -> Material:
-        """The questions whose prompts leave room for a response; what becomes of the others ``bad_rows`` says."""
+        """The questions whose prompts leave room for a response, and for the answer that is given where it is a member
+        of the group; what becomes of the others ``bad_rows`` says."""
         limit = self.config.sampling.max_tokens
+        field = self.config.sft.field if self.config.sft and source is self.config.questions else None
 
         def check(question_id: str) -> None:
-            if not collector.fits(ids := collector.fresh(self.plans[question_id], question_id).prompt_ids):
-                place = self.questions.rows.places[question_id]
+            plan, place = self.plans[question_id], self.questions.rows.places[question_id]
+            if not collector.fits(ids := collector.fresh(plan, question_id).prompt_ids):
                 raise ConfigError(
                     f"{place}: its prompt of {len(ids)} tokens and sampling.max_tokens {limit} exceed the policy's "
+                    "context"
+                )
+            text = None if field is None else sft_text(plan, field)
+            answer = () if text is None else collector.answer_ids(plan.question, text)
+            if not collector.fits([*ids, *answer], 0):
+                raise ConfigError(
+                    f"{place}: its prompt of {len(ids)} tokens and its {field} of {len(answer)} exceed the policy's "
                     "context"
                 )
 
         questions = usable(self.questions, source, check)
         plans = {name: self.plans[name] for name in questions.rows.questions}
+        if field is not None and all(sft_text(plan, field) is None for plan in plans.values()):
+            raise ConfigError(f"sft.field: {field!r}: no question of {questions.rows.source} has it")
         return replace(self, questions=questions, plans=plans)
 
 
@@ -97,7 +109,7 @@ def read_material(
         questions=asked,
         plans=plans,
         rubrics={plan.rubric.category: plan.rubric for plan in plans.values()},
-        judges=load_judges(plans.values(), files),
+        judges=load_judges(plans.values(), files, spare=questions is not None and judges is None),
     )
 
 

@@ -72,16 +72,22 @@ class Order:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def draw(self, position: int, count: int, taken: Collection[str] = ()) -> tuple[list[str], int]:
+    def draw(
+        self, position: int, count: int, taken: Collection[str] = (), *, due: int | None = None
+    ) -> tuple[list[str], int]:
         """The next questions and the position after them, none of those ``taken``, which the same step has drawn.
 
-        Fewer than ``count`` only where no other question is left.
+        Fewer than ``count`` only where no other question is left. ``due`` is how many the steps before had to take, by
+        which easy-to-hard goes: the position is ahead of it where steps drew further ones.
         """
+        due = position if due is None else due
         out = set(taken)
         drawn: list[str] = []
         count = min(count, len(self.ids) - len(out))
         while len(drawn) < count:
-            question_id = self._ranked(position, out) if self.how == "easy-to-hard" else self._turn(position)
+            question_id = (
+                self._ranked(position, due + len(drawn), out) if self.how == "easy-to-hard" else self._turn(position)
+            )
             position += 1
             if question_id not in out:
                 drawn.append(question_id)
@@ -104,10 +110,10 @@ class Order:
             self._epoch[epoch] = ids
         return self._epoch[epoch][place]
 
-    def _ranked(self, position: int, out: Collection[str]) -> str:
+    def _ranked(self, position: int, due: int, out: Collection[str]) -> str:
         """A question by its rank, or the next to it that is not out."""
         draws = random.Random(f"{self.seed}/questions/{position}")
-        progress = min(position / max(self.total - 1, 1), 1.0)
+        progress = min(due / max(self.total - 1, 1), 1.0)
         while not 0 <= (rank := draws.gauss(progress, SPREAD)) < 1:
             pass
         here = int(rank * len(self.ids))

@@ -110,6 +110,8 @@ def _take(rows: Rows, place: str, data: Any, number: int, config: QuestionsConfi
         row = parse(place, _shaped(place, data, number, config), QuestionRow, columns=data)
     else:
         row = parse(place, data, QuestionRow)
+    if row.question_id.encode("utf-8", "replace").decode() != row.question_id:
+        raise ConfigError(f"{place}: question_id: {row.question_id!r} is no Unicode text")
     if row.question_id in rows.questions:
         raise ConfigError(f"{place}: question_id: {row.question_id!r} stands already in {rows.places[row.question_id]}")
     question, items = row.to_question(), items_of(row, place)

@@ -128,8 +128,13 @@ def _say_left_out(plans: Mapping[str, Plan]) -> None:
         logger.warning("no judges: left out as not applicable: %s%s", names, more)
 
 
-def load_judges(plans: Collection[Plan], files: Mapping[str, str | Path | Judge]) -> dict[str, Judge]:
-    """The judges that the plans ask, and their fallbacks, by the names that rubrics use."""
+def load_judges(
+    plans: Collection[Plan], files: Mapping[str, str | Path | Judge], *, spare: bool = False
+) -> dict[str, Judge]:
+    """The judges that the plans ask, and their fallbacks, by the names that rubrics use.
+
+    One of the ``files`` that nobody asks is a `ConfigError`, unless there may be ``spare`` ones.
+    """
     wanted = {item.judge: plan for plan in plans for item in plan.applicable if item.judge}
     loaded: dict[str, Judge] = {}
     queue = [(name, f"rubric {plan.rubric.rubric!r}") for name, plan in wanted.items()]
@@ -142,7 +147,7 @@ def load_judges(plans: Collection[Plan], files: Mapping[str, str | Path | Judge]
         if (fallback := loaded[name].fallback) is not None:
             queue.append((fallback, f"judge {name!r}"))
     asked = {leaf.judge for plan in plans for leaf in plan.leaves if leaf.judge} | set(loaded)
-    if unused := sorted(set(files) - asked):
+    if (unused := sorted(set(files) - asked)) and not spare:
         raise ConfigError(f"judge {unused[0]!r}: no item asks it; {known(asked, unused[0])}")
     for name in loaded:
         chain = [name]

@@ -221,7 +221,8 @@ class Loop:
         taken: set[str] = set()
         wanted = missing = self._config.sampling.questions
         for round_ in range(self._config.sampling.rounds):
-            ids, position = order.draw(position, min(missing, len(order) - len(taken)), taken)
+            few, due = min(missing, len(order) - len(taken)), (number - 1) * wanted
+            ids, position = order.draw(position, few, taken, due=due)
             taken |= set(ids)
             answered += await self._groups.answers(ids, number, round_)
             settled = settled_groups(answered, self._config)
@@ -253,7 +254,8 @@ class Loop:
         """The step's rows, once: a run that was resumed may be at a step that the log has."""
         if step.number in self._logged:
             return
-        new = sorted({row["question_id"] for row in step.rows["responses"]} - self._known)
+        there = self._begun.material.plans  # not all that the journal has, where changes were allowed
+        new = sorted(({row["question_id"] for row in step.rows["responses"]} - self._known) & there.keys())
         questions = self._begun.material.question_rows(self._name, new)
         self._store.append(**step.learned(update, metrics), questions=questions)
         self._known |= set(new)

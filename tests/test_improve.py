@@ -239,6 +239,8 @@ def test_the_same_holds_of_responses_from_the_log_and_of_the_shuffled_control(tm
         ("one two three four five six seven eight nine ten", "Say four five six seven eight nine ten.", None),
         ("swordfish-77", "See preswordfish-77post.", ""),
         ("else:\n  return 0", "What else: nothing.", None),
+        ("yes", "Yes is right. Think.", "Think."),
+        ("caf\u00e9 42", "Think. It is cafe\u0301 \uff14\uff12.", "Think."),
     ],
 )
 def test_sentences_that_quote_the_reference_are_left_out_whole(reference, said, rest):
@@ -403,6 +405,10 @@ def test_the_other_assessment_is_of_another_question_of_the_same_category():
 )
 def test_a_share_is_rounded_and_within_a_step_one_stays_fresh(config, fresh):
     assert routes(ImproveConfig(**config), 8, Random(0)) == [None] * fresh + ["own"] * (8 - fresh)
+
+
+def test_a_group_without_a_member_of_the_policy_has_no_route():
+    assert routes(ImproveConfig(share=1.0, source="step"), 0, Random(0)) == []
 
 
 def test_a_question_that_was_never_asked_gets_fresh_responses_unless_the_step_itself_has_them():

@@ -157,6 +157,13 @@ def test_a_difficulty_is_a_number(value):
         read_questions(config(order="easy-to-hard"), [{**ROW, "difficulty": value}])
 
 
+def test_an_id_that_is_no_text_is_a_bad_row(tmp_path):
+    path = lines(tmp_path / "q.jsonl", ['{"question_id": "a\\ud800", "question": "May I?", "category": "support"}'])
+    with pytest.raises(ConfigError) as caught:
+        read_questions(config(path))
+    assert str(caught.value) == f"{path}: line 1: question_id: 'a\\ud800' is no Unicode text"
+
+
 def test_skipped_rows_are_counted_and_named_and_move_no_other_rows_id(tmp_path, caplog):
     rows = [
         "{",
@@ -333,6 +340,19 @@ def test_the_curriculum_goes_from_easy_to_hard():
     assert means == pytest.approx([0.2, 0.32, 0.5, 0.68, 0.8], abs=0.06)  # at the ends half the bell is cut off
     assert max(max(step) for step in ranks[:10]) < 0.8
     assert min(min(step) for step in ranks[-10:]) > 0.2
+
+
+def test_the_curriculum_goes_by_the_steps_whatever_further_questions_they_draw():
+    steps, each = 100, 4
+    order = order_of(100, "easy-to-hard", each=each, steps=steps, difficulty=HARD)
+    ranks, position = [], 0
+    for step in range(steps):
+        first, position = order.draw(position, each, due=step * each)
+        further, position = order.draw(position, each, first, due=step * each)
+        ranks.append([HARD[name] for name in first + further])
+    means = [sum(map(sum, ranks[start : start + 20])) / 160 for start in range(0, 100, 20)]
+    assert means == pytest.approx([0.2, 0.32, 0.5, 0.68, 0.8], abs=0.06)
+    assert order.draw(7, each, due=7) == order.draw(7, each)
 
 
 def test_the_rows_own_difficulty_comes_first_if_all_state_it():

@@ -288,3 +288,22 @@ def killed(folder, process, rng):
     process.kill()
     process.join()
     return f"{delay:.3f} s after {max(new).stem if new else 'the start'}"
+
+
+def test_questions_that_are_gone_since_a_step_was_judged_are_no_hindrance_where_changes_are_allowed(tmp_path):
+    path = apprentice(tmp_path, **{**SMALL, "checkpoint": {"every": 9}})
+
+    def stop(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(grape.train(path, report=stop))
+    (tmp_path / "log.duckdb").unlink()  # what it had of the step, so that it is stored once more
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(questions.read_text().replace('"q', '"other-').replace('"other-uestion', '"question'))
+    with pytest.raises(ConfigError, match=r"changed since run .* began: questions' rows;"):
+        asyncio.run(grape.train(path, resume=True))
+    asyncio.run(grape.train(path, resume=True, allow_changes=True))
+    log = tmp_path / "log.duckdb"
+    assert ask(log, "select step, count(*) from responses where question_id like 'q%' group by 1") == [(1, 4)]
+    assert ask(log, "select count(*) > 0, bool_and(question_id like 'other-%') from questions") == [(True, True)]

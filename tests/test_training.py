@@ -16,6 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 import grape
 from grape.errors import ConfigError
+from grape.step import Step
 
 
 def train(path, *overrides, **options):
@@ -231,6 +232,18 @@ def test_held_out_questions_are_scored_before_and_after_by_a_judge_of_their_own(
     assert ask(log, "select count(*) from verdicts where item = 'nice'") == [(9,)]
 
 
+def test_held_out_questions_need_not_ask_the_judges_of_the_training(tmp_path):
+    with JudgeServer(fair) as server:
+        path = apprentice(tmp_path, judge=server.url, steps=1)
+        (tmp_path / "rubrics/plain.yaml").write_text(
+            "rubric: plain\ncategory: plain\nitems: [{id: a, criterion: A., check: regex, with: {pattern: a}}]"
+        )
+        (tmp_path / "heldout.jsonl").write_text(json.dumps({"question_id": "h", "question": "Write h."}))
+        questions = {"path": str(tmp_path / "heldout.jsonl"), "category": "plain"}
+        done = train(path, f"evaluate={json.dumps({'questions': questions})}")
+    assert list(done.heldout) == [0, 1]
+
+
 def test_a_step_of_which_nothing_can_be_learned_leaves_the_weights_alone(tmp_path, caplog):
     path = apprentice(
         tmp_path, truncation={"how": "mask"}, sampling={"questions": 2, "responses": 2, "max_tokens": 1}, steps=2
@@ -252,6 +265,11 @@ def test_a_step_of_which_nothing_can_be_learned_leaves_the_weights_alone(tmp_pat
         ("loss.kl=reward", "loss.kl_coef: loss.kl reward needs one above 0"),
         ("trackers=nobody", "trackers: 'nobody' is not installed; known:"),
         ("rubrics=nowhere", "nowhere: no such file or folder"),
+        ("loss={dual_clip: 3, ratio: none}", "loss.dual_clip: needs a clip, which ratio tapered, ratio none and kl trpo"),
+        ("truncation={how: soft, buffer: 9}", "truncation.buffer: how: soft needs it, and it is at most sampling.max_tok"),
+        ("truncation.penalty=-1e300", "truncation.penalty: Input should be greater than or equal to -1000000"),
+        ("seed=9223372036854775808", "seed: Input should be less than 9223372036854775808"),
+        ("sft.field=solution", "sft.field: 'solution': no question of {folder}/questions.jsonl has it"),
         ("loss.clip_hihg=0.3", "loss.clip_hihg: Extra inputs are not permitted (got 0.3; did you mean 'clip_high'?"),
     ],
 )  # fmt: skip
@@ -272,6 +290,62 @@ def test_a_prompt_that_leaves_no_room_is_a_bad_row(tmp_path, caplog):
         train(path)
     train(path, "questions.bad_rows=skip")
     assert "1 of 9 rows are skipped" in caplog.text
+
+
+def test_a_given_answer_that_leaves_no_room_is_a_bad_row(tmp_path, caplog):
+    path = apprentice(tmp_path, steps=1, sft={"field": "solution"})
+    rows = [{"question_id": "long", "question": "x", "solution": "abc " * 150}, {"question_id": "no", "question": "x"},
+            {"question_id": "odd", "question": "x", "solution": 5}]  # fmt: skip
+    rows += [{"question_id": f"q{number}", "question": "x", "solution": "abc"} for number in range(4)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(
+        ConfigError, match=r"line 1: its prompt of 1\d tokens and its solution of 601 exceed the policy's"
+    ):
+        train(path)
+    train(path, "questions.bad_rows=skip")
+    assert "2 of 7 rows are skipped" in caplog.text
+    assert "question 'odd': solution: not a text" in caplog.text
+
+
+def test_a_given_answer_may_be_the_whole_group(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAPE_HOME", str(tmp_path))
+    improve = {"share": 1.0, "source": "step"}
+    train(apprentice(tmp_path, steps=1, sft={"field": "reference"}, sampling={"responses": 1}, improve=improve))
+    assert ask(tmp_path / "log.duckdb", "select route, count(*) from responses group by all") == [("sft", 4)]
+
+
+def test_the_difficulty_filter_keeps_the_given_order(tmp_path):
+    path = apprentice(tmp_path, questions=12, steps=3, sampling={"questions": 4, "responses": 2, "max_tokens": 2})
+    run = json.loads(path.read_text())
+    run["questions"] |= {"difficulty": {"low": 0.0, "high": 1.0, "responses": 1}, "order": "given"}
+    path.write_text(json.dumps(run))
+    done = train(path)
+    asked = ask(
+        tmp_path / "log.duckdb", f"select step, question_id from rewards where run = '{done.run}' order by rowid"
+    )
+    steps = [list(dict.fromkeys(name for number, name in asked if number == step)) for step in (1, 2, 3)]
+    assert steps == [[f"q{number}" for number in range(start, start + 4)] for start in (0, 4, 8)]
+
+
+def test_improvements_that_share_a_baseline_share_the_prompt_that_they_are_trained_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAPE_HOME", str(tmp_path))
+    improve = {"share": 1.0, "context": "behaviour", "controls": 0.5}
+    sampling = {"questions": 4, "responses": 8, "max_tokens": 2}
+    path = apprentice(tmp_path, questions=4, steps=3, sampling=sampling, improve=improve, checkpoint={"every": 9})
+    (tmp_path / "prompts/improve/default.jinja").write_text(
+        "{% block user %}{{ response }}{% for item in items %} {{ item.reasoning }}{% endfor %}{% endblock %}"
+    )
+    prompts = {}
+
+    def look(report):
+        if report.step == 2:
+            for member in Step.read((tmp_path / "checkpoints/journal/step-000002.json").read_bytes()).members:
+                prompts.setdefault(member.group, []).append(member.prompt_ids)
+
+    train(path, report=look)
+    assert {len(group) for group in prompts.values()} == {4}
+    assert sum("(shuffled)" in name for name in prompts) == 4
+    assert all(len(set(group)) == 1 for group in prompts.values())
 
 
 def test_a_response_is_judged_while_others_are_still_sampled(tmp_path):
