@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import shutil
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +37,11 @@ class Saved:
 
     def optimizer(self) -> dict[str, Any]:
         """The state of the optimizer."""
-        state: dict[str, Any] = torch.load(self.folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        path = self.folder / "optimizer.pt"
+        try:
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, struct.error, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path}: no optimizer's state: {one_line(error)}") from error
         return state
 
 
@@ -55,7 +61,7 @@ class Checkpoints:
         """
         file = self.folder / "run.json"
         if file.is_file():
-            known = json.loads(file.read_text())
+            known = _read(file)
             if not resume:
                 raise ConfigError(
                     f"{self.folder}: holds run {known['run']} already: --resume goes on with it, another "
@@ -88,7 +94,7 @@ class Checkpoints:
         found = sorted(self.folder.glob("step-*"))
         if not found:
             return None
-        state = json.loads((found[-1] / "state.json").read_text())
+        state = _read(found[-1] / "state.json")
         return Saved(step=state["step"], position=state["position"], folder=found[-1])
 
     def save(self, step: int, position: int, policy: Policy, optimizer: Mapping[str, Any]) -> Path:
@@ -129,6 +135,15 @@ class Checkpoints:
         for path in self._journal.glob("step-*.json"):
             if found and path.stem <= found[-1].name:
                 path.unlink()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file that `_write` or `save` has left; `ConfigError` where something has happened to it since."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: damaged: {one_line(error)}") from error
+    return data
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -307,3 +307,15 @@ def test_questions_that_are_gone_since_a_step_was_judged_are_no_hindrance_where_
     log = tmp_path / "log.duckdb"
     assert ask(log, "select step, count(*) from responses where question_id like 'q%' group by 1") == [(1, 4)]
     assert ask(log, "select count(*) > 0, bool_and(question_id like 'other-%') from questions") == [(True, True)]
+
+
+@pytest.mark.parametrize("name", ["run.json", "step-000001/state.json", "step-000001/optimizer.pt"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, name):
+    path = apprentice(tmp_path, **{**SMALL, "steps": 1})
+    asyncio.run(grape.train(path))
+    damaged = tmp_path / "checkpoints" / name
+    damaged.write_bytes(b"{")
+    with pytest.raises(ConfigError) as caught:
+        asyncio.run(grape.train(path, overrides=["steps=2"], resume=True))
+    assert str(caught.value).startswith(f"{damaged}: ")
+    assert "\n" not in str(caught.value)
