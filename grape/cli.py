@@ -297,18 +297,18 @@ def train(
 
     sandbox = _sandbox(python, service, unsafe_code)
     config = load_run(run, overrides)
-    ends: list[dict[str, float]] = []
+    steps: dict[int, dict[str, float]] = {}
     with TrainingProgress() as bar, redirect_stdout(sys.stderr):
 
         def report(step: StepReport) -> None:
             bar.step(step.step, step.steps, step.metrics, step.seconds)
-            ends[1:] = [step.metrics]
+            steps[step.step] = step.metrics
             if as_json:
                 print(json.dumps({"step": step.step, "seconds": step.seconds, **step.metrics}), file=sys.__stdout__)
 
         done = asyncio.run(train(config, resume=resume, allow_changes=allow_changes, sandbox=sandbox, report=report))
-    if not as_json and ends:
-        show(training_table(ends[0], ends[-1]))
+    if not as_json and steps:
+        show(training_table(steps))
     if not as_json and done.heldout:
         show("", heldout_table(done.heldout))
     if done.folder:
@@ -387,7 +387,7 @@ def quickstart(log: Path) -> None:
 
         done = asyncio.run(quickstart(log, report=report))
     show(heldout_table(done.heldout), "")
-    show(f"score in training  {bar.rewards[0]:.3f} {curve(bar.rewards, 50)} {bar.rewards[-1]:.3f}", "")
+    show(f"score in training  {bar.scores[0]:.3f} {curve(bar.scores, 50)} {bar.scores[-1]:.3f}", "")
     show("Three critiques", "")
     render(sql(CRITIQUES, log), "table", sys.stdout)
     for title, query in QUESTIONS.items():

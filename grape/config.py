@@ -13,6 +13,7 @@ from grape.errors import ConfigError, invalid
 from grape.types import Strict, Unit
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0, lt=2**63)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -50,6 +51,12 @@ class DifficultyConfig(Strict):
     low: Unit = 0.2
     high: Unit = 0.8
     responses: Count = 16
+
+    @model_validator(mode="after")
+    def _room(self) -> DifficultyConfig:
+        if self.low > self.high:
+            raise ValueError(".low: is above high")
+        return self
 
 
 class QuestionsConfig(Strict):
@@ -170,13 +177,13 @@ class ValueConfig(Strict):
     clip: Positive | None = 0.2
     gamma: Unit = 1.0
     lam: Unit = 0.95
-    lr: Positive | None = None
+    lr: Rate | None = None
 
 
 class OptimizerConfig(Strict):
     """AdamW, its schedule, and how a batch is cut into micro-batches. One update per epoch over the step's batch."""
 
-    lr: Positive = 1e-6
+    lr: Rate = 1e-6
     epochs: Annotated[int, Field(ge=1, le=4)] = 1
     micro_tokens: Count = 16384
     max_grad_norm: Positive = 1.0
@@ -198,6 +205,12 @@ class EvaluateConfig(Strict):
     greedy: bool = False
     rubrics: str | None = None
     judges: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _all(self) -> EvaluateConfig:
+        if self.questions.difficulty or self.questions.order != "shuffled":
+            raise ValueError(".questions: held-out questions are all asked, each time: leave out difficulty and order")
+        return self
 
 
 class CheckpointConfig(Strict):
@@ -272,7 +285,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             if not isinstance(place, dict):
                 raise ConfigError(f"{override!r}: {section} has no fields")
         place[field] = resources.read_yaml(Path(f"{override!r}"), text)
-    return parse_run(data, str(path))
+    return parse_run(data, " with ".join([str(path), *([", ".join(overrides)] if overrides else [])]))
 
 
 def parse_run(data: Any, source: str) -> RunConfig:

@@ -56,6 +56,16 @@ class Groups:
             for plan in plans.values():
                 improve_prompt(plan.rubric)  # a prompt that is missing, or asks for what is hidden, is an error now
 
+    def see_turns(self, questions: int) -> None:
+        """Say so where no question gets a second turn, so that no earlier response is there to improve."""
+        turns, step = self._config.steps * self._config.sampling.questions, self._config.sampling.questions
+        if self._improves and self._config.improve.source == "log" and turns <= questions:
+            logger.warning(
+                "improve: no question comes twice in %d steps of %d of %d questions, so nothing will be improved "
+                "(improve.source: step improves within a step)",
+                self._config.steps, step, questions,
+            )  # fmt: skip
+
     async def answers(self, ids: Sequence[str], step: int, round_: int) -> list[Answered]:
         """One group for each question, in their order, by member."""
         seed = (self._config.seed, "step", step, round_)

@@ -49,7 +49,8 @@ class Material:
         difficulty: Mapping[str, float] | None = None
         if scores is not None and config.difficulty is not None:
             kept, difficulty = keep_by_difficulty(scores, config.difficulty)
-            ids = [name for name in ids if name in set(kept)]
+            kept_ids = set(kept)
+            ids = [name for name in ids if name in kept_ids]
         return Order.of(
             self.questions, ids, config, seed=self.config.seed, count=self.config.sampling.questions,
             steps=self.config.steps, difficulty=difficulty,

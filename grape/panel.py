@@ -49,9 +49,13 @@ class Panel:
 
     def check(self, plans: Iterable[Plan]) -> None:
         """See that every judge's prompts can serve the items that it is asked; a `ConfigError` where not."""
-        for item in {item.id: item for plan in plans for item in plan.applicable if item.judge}.values():
-            assert item.judge is not None
-            self._critics[item.judge].check(item)
+        plans, seen = list(plans), set[tuple[object, ...]]()
+        for plan in plans:
+            for item in plan.applicable:
+                key = (item.id, item.judge, item.critique, item.reference)
+                if item.judge is not None and key not in seen:
+                    seen.add(key)
+                    self._critics[item.judge].check(item)
         for name in {item.reward_model for plan in plans for item in plan.applicable if item.reward_model}:
             self._reward_model(name)  # for `reach`
 

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as told
 
 from grape.adapters import adapter_base, add_lora, read_adapters
 from grape.config import Lora
@@ -100,6 +101,8 @@ def load_policy(
 def read_model(folder: Path, dtype: Dtype, where: str) -> Any:
     """The causal LM of a folder, in evaluation mode."""
     read: Any = AutoModelForCausalLM.from_pretrained  # its types do not know of the loading info
+    bars = told.is_progress_bar_enabled()
+    told.disable_progress_bar()  # type: ignore[no-untyped-call]  # noise beside the command's own
     try:
         model, info = read(
             str(folder),
@@ -111,6 +114,9 @@ def read_model(folder: Path, dtype: Dtype, where: str) -> Any:
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ConfigError(f"{where}: {folder}: no causal language model: {one_line(error)}") from error
+    finally:
+        if bars:
+            told.enable_progress_bar()  # type: ignore[no-untyped-call]
     if missing := sorted(info["missing_keys"]):
         raise ConfigError(f"{where}: {folder}: weights are missing: {one_line(', '.join(missing), 120)}")
     try:

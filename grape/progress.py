@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from time import monotonic
 from types import TracebackType
 
 from rich.console import Console
@@ -11,8 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+LABELS = {"weighted/mean": "sum of weight x score", "reward/mean": "reward", "length/mean": "length"}
 BARS = "▁▂▃▄▅▆▇█"
-LINES = 20  # that a run says of itself where there is no terminal
+SILENCE = 30.0  # seconds after which a run says something of itself where there is no terminal
+LINES = 20  # that it says at least
 
 
 def curve(values: Sequence[float], width: int = 24) -> str:
@@ -32,7 +35,8 @@ class TrainingProgress:
     def __init__(self, what: str = "training") -> None:
         self._console = Console(stderr=True)
         self._what = what
-        self.rewards: list[float] = []
+        self.scores: list[float] = []
+        self._said = 0.0
         columns = (
             TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[said]}"),
@@ -50,12 +54,14 @@ class TrainingProgress:
     def step(self, number: int, total: int, metrics: Mapping[str, float], seconds: float) -> None:
         """Show a step that is done."""
         if "weighted/mean" in metrics:
-            self.rewards.append(metrics["weighted/mean"])
+            self.scores.append(metrics["weighted/mean"])
         said = f"{seconds:.2g} s/step"
-        if self.rewards:
-            said += f"  score {self.rewards[-1]:.3f} {curve(self.rewards)}"
+        if self.scores:
+            said += f"  score {self.scores[-1]:.3f} {curve(self.scores)}"
         self._bar.update(self._task, completed=number, total=total, said=said)
-        if not self._console.is_terminal and (number % max(1, total // LINES) == 0 or number == total):
+        due = number in (1, total) or number % max(1, total // LINES) == 0 or monotonic() - self._said > SILENCE
+        if not self._console.is_terminal and due:
+            self._said = monotonic()
             self._console.print(f"{self._what}: step {number}/{total}, {said}", markup=False, highlight=False)
 
 
@@ -70,21 +76,23 @@ def heldout_table(results: Mapping[int, Mapping[str, float]]) -> Table:
         before, after = first.get(name), last.get(name)
         confidence = last.get(f"confidence/{name.removeprefix('score/')}")
         change = None if before is None or after is None else after - before
-        label = "sum of weight x score" if name == "weighted/mean" else name.removeprefix("score/")
+        label = LABELS.get(name, name.removeprefix("score/"))
         table.add_row(Text(label), _number(before), _number(after), _number(change, "+.3f"), _number(confidence))
     return table
 
 
-def training_table(first: Mapping[str, float], last: Mapping[str, float]) -> Table:
-    """The first and the last step: scores, and what tells whether the policy is well."""
+def training_table(steps: Mapping[int, Mapping[str, float]]) -> Table:
+    """The first and the last of these steps: scores, and what tells whether the policy is well."""
+    begin, end = min(steps), max(steps)
+    first, last = steps[begin], steps[end]
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("training", "first step", "last step"):
+    for name in ("training", f"step {begin}", f"step {end}"):
         table.add_column(name, justify="left" if name == "training" else "right")
-    shown = [name for name in last if name.startswith(("weighted/", "score/")) and not name.endswith("/std")]
+    shown = ["reward/mean", *(name for name in last if name == "weighted/mean" or name.startswith("score/"))]
     shown += [name for name in ("entropy", "approx_kl", "ref_kl", "length/mean", "truncated", "dead_groups", "failed")
               if name in last]  # fmt: skip
     for name in shown:
-        table.add_row(Text(name.removesuffix("/mean")), _number(first.get(name)), _number(last.get(name)))
+        table.add_row(Text(LABELS.get(name, name)), _number(first.get(name)), _number(last.get(name)))
     return table
 
 

@@ -100,7 +100,8 @@ def _told(questions: Questions, skipped: list[str]) -> Questions:
     for line in skipped[:SHOWN]:
         logger.warning("skipped: %s", line)
     if skipped:
-        logger.warning("%s: %d of %d rows are skipped", questions.rows.source, len(skipped), total)
+        more = f", of which {SHOWN} are named here" if len(skipped) > SHOWN else ""
+        logger.warning("%s: skipped rows: %d of %d%s", questions.rows.source, len(skipped), total, more)
     return replace(questions, skipped=(*questions.skipped, *skipped))
 
 
@@ -115,6 +116,8 @@ def _take(rows: Rows, place: str, data: Any, number: int, config: QuestionsConfi
     if row.question_id in rows.questions:
         raise ConfigError(f"{place}: question_id: {row.question_id!r} stands already in {rows.places[row.question_id]}")
     question, items = row.to_question(), items_of(row, place)
+    if not question.prompt.strip():
+        raise ConfigError(f"{place}: question: is empty")
     difficulty = question.get("difficulty")
     if config.order == "easy-to-hard" and not (difficulty is None and config.difficulty) and not is_number(difficulty):
         raise ConfigError(

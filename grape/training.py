@@ -128,8 +128,14 @@ class Begun:
     def looked_up(self, resume: bool) -> Begun:
         """With its last checkpoint, now that nobody else is at it."""
         saved = self.checkpoints.latest() if self.checkpoints and resume else None
-        if saved and saved.step >= self.config.steps:
-            logger.warning("run %s is finished: it has %d steps", self.name, saved.step)
+        if saved:
+            finished = saved.step >= self.config.steps
+            logger.warning(
+                "run %s %s step %d",
+                self.name,
+                "is finished: it ended with" if finished else "goes on after",
+                saved.step,
+            )
         return replace(self, saved=saved)
 
     def claim(self, store: Log) -> None:
@@ -178,6 +184,7 @@ class Loop:
         """Every step, and the result."""
         order, saved, steps = await self._order(), self._begun.saved, self._config.steps
         done, position = (saved.step, saved.position) if saved else (0, 0)
+        self._groups.see_turns(len(order))
         before = self._last_metrics(done)
         if self.heldout and self._due(done):  # not where a checkpoint happens to be
             await self.heldout.evaluate(done)
@@ -243,7 +250,7 @@ class Loop:
         return step
 
     async def _update(self, step: Step) -> Update:
-        """One step of the optimizer; none where nothing can be learned, since momentum alone would move the weights."""
+        """One step; none where no response is trained on, since momentum alone would move the weights."""
         if not any(member.trained for member in step.members):
             logger.warning("step %d: no response could be trained on; the weights stay as they are", step.number)
             return Update(metrics={}, logprobs={})

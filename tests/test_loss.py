@@ -104,7 +104,11 @@ EQUIVALENT: dict[str, list[list[str]]] = {
 
 @pytest.mark.parametrize(
     ("module", "checks", "least"),
-    [(loss, loss_golden.LOSS, 90), (kl, loss_golden.KL, 15), (value, loss_golden.VALUE, 25)],
+    [
+        pytest.param(loss, loss_golden.LOSS, 90, marks=pytest.mark.slow),
+        (kl, loss_golden.KL, 15),
+        (value, loss_golden.VALUE, 25),
+    ],
     ids=["loss", "kl", "value"],
 )
 def test_every_mutant_is_caught_by_a_golden_vector(module, checks, least):

@@ -21,8 +21,9 @@ def test_where_there_is_no_terminal_a_run_says_some_lines(capsys):
         for number in range(1, 101):
             bar.step(number, 100, {"weighted/mean": number / 100}, 0.5)
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 20
-    assert lines[0].startswith("training: step 5/100, 0.5 s/step  score 0.050 ▁")
+    assert len(lines) == 21
+    assert lines[0].startswith("training: step 1/100, 0.5 s/step  score 0.010 ▁")
+    assert lines[1].startswith("training: step 5/100, 0.5 s/step  score 0.050 ▁")
     assert lines[-1].endswith("score 1.000 ▁▁▂▂▂▃▃▃▃▄▄▄▅▅▅▆▆▆▆▇▇▇██")
 
 
@@ -44,14 +45,13 @@ def test_held_out_results_stand_before_and_after(capsys):
 
 
 def test_the_first_and_the_last_step_stand_side_by_side(capsys):
-    show(
-        training_table(
-            {"weighted/mean": 0.1, "entropy": 2.0}, {"weighted/mean": 0.9, "weighted/std": 0.0, "entropy": 1.0}
-        )
-    )
+    first = {"weighted/mean": 0.1, "entropy": 2.0}
+    last = {"weighted/mean": 0.9, "weighted/std": 0.0, "entropy": 1.0, "reward/mean": 1.25}
+    show(training_table({5: first, 6: {}, 8: last}))
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        ["training", "first", "step", "last", "step"],
-        ["weighted", "0.100", "0.900"],
+        ["training", "step", "5", "step", "8"],
+        ["reward", "-", "1.250"],
+        ["sum", "of", "weight", "x", "score", "0.100", "0.900"],
         ["entropy", "2.000", "1.000"],
     ]

@@ -183,7 +183,7 @@ def test_skipped_rows_are_counted_and_named_and_move_no_other_rows_id(tmp_path, 
         asked.skipped[3] == f"{path}: line 5: prompt: map takes question from it and the row lacks it; the row has: no"
     )
     assert caplog.messages == [
-        *(f"skipped: {line}" for line in asked.skipped[:3]), f"{path}: 5 of 7 rows are skipped",
+        *(f"skipped: {line}" for line in asked.skipped[:3]), f"{path}: skipped rows: 5 of 7, of which 3 are named here",
     ]  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_a_finished_run_says_so_and_stays_as_it_is_and_more_steps_make_it_longer
     weights, tables = state(small), logged(small / "log.duckdb")
     again = train(small, resume=True)
     assert again == first
-    assert f"run {first.run} is finished: it has 2 steps" in caplog.text
+    assert f"run {first.run} is finished: it ended with step 2" in caplog.text
     assert (state(small), logged(small / "log.duckdb")) == (weights, tables)
     train(small, "steps=3", resume=True)
     train(longer, "steps=3")

@@ -270,6 +270,9 @@ def test_a_step_of_which_nothing_can_be_learned_leaves_the_weights_alone(tmp_pat
         ("truncation.penalty=-1e300", "truncation.penalty: Input should be greater than or equal to -1000000"),
         ("seed=9223372036854775808", "seed: Input should be less than 9223372036854775808"),
         ("sft.field=solution", "sft.field: 'solution': no question of {folder}/questions.jsonl has it"),
+        ("optimizer.lr=1e300", "optimizer.lr: Input should be less than or equal to 1 (got 1e+300)"),
+        ("questions.difficulty={low: 0.9, high: 0.1}", "questions.difficulty.low: is above high"),
+        ("evaluate={questions: {path: x, order: given}}", "evaluate.questions: held-out questions are all asked, each"),
         ("loss.clip_hihg=0.3", "loss.clip_hihg: Extra inputs are not permitted (got 0.3; did you mean 'clip_high'?"),
     ],
 )  # fmt: skip
@@ -289,7 +292,7 @@ def test_a_prompt_that_leaves_no_room_is_a_bad_row(tmp_path, caplog):
     with pytest.raises(ConfigError, match=r"line 9: its prompt of 6\d\d tokens and sampling.max_tokens 8 exceed"):
         train(path)
     train(path, "questions.bad_rows=skip")
-    assert "1 of 9 rows are skipped" in caplog.text
+    assert "skipped rows: 1 of 9" in caplog.text
 
 
 def test_a_given_answer_that_leaves_no_room_is_a_bad_row(tmp_path, caplog):
@@ -303,7 +306,7 @@ def test_a_given_answer_that_leaves_no_room_is_a_bad_row(tmp_path, caplog):
     ):
         train(path)
     train(path, "questions.bad_rows=skip")
-    assert "2 of 7 rows are skipped" in caplog.text
+    assert "skipped rows: 2 of 7" in caplog.text
     assert "question 'odd': solution: not a text" in caplog.text
 
 
