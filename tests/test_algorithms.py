@@ -333,7 +333,9 @@ def follow(name, folder, steps=2):
 SMALL = (f"sampling.questions={GROUPS}", "sampling.responses=6")  # what the algorithm leaves open
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize(
+    "name", [name if name in ("grape", "ppo") else pytest.param(name, marks=pytest.mark.slow) for name in ALGORITHMS]
+)
 def test_the_file_of_an_algorithm_trains_by_its_formula(tmp_path, name):
     begin(name, tmp_path, *SMALL)
     metrics, batches = follow(name, tmp_path)

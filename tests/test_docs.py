@@ -41,6 +41,7 @@ def confined(block):
     return "examples/coding" in block
 
 
+@pytest.mark.slow
 def test_console_blocks_print_what_they_show(tmp_path):
     folder = prepare(tmp_path)
     wrong = []

@@ -477,6 +477,7 @@ def test_an_unknown_form_is_refused():
         instruction_items([], [], "lose")
 
 
+@pytest.mark.slow
 def test_the_example_scores_its_3246_answers_without_a_failure_and_loosely_never_lower():
     example = runpy.run_path(str(PROMPTS.parent / "make.py"))
     shares = {}

@@ -93,6 +93,7 @@ def refused(folder, *overrides, **options):
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_the_uninterrupted_run_has_in_it_all_that_a_resumed_one_might_lose(judged):
     _, whole = judged
     log = whole / "log.duckdb"
@@ -107,7 +108,7 @@ def test_the_uninterrupted_run_has_in_it_all_that_a_resumed_one_might_lose(judge
     [
         slow("os.rename", "journal/step-000003.json"),  # judged, and nothing of it kept but the calls
         slow("update", "before 5"),  # the journal is written
-        ("update", "before 6"),  # after the first of step 3's two epochs
+        slow("update", "before 6"),  # after the first of step 3's two epochs
         slow("reported", "step 3"),  # the log has a step that no checkpoint has
         slow("os.rename", "checkpoints/step-000004"),  # the checkpoint is whole but for its name
         slow("shutil.rmtree", "checkpoints/step-000002"),  # it is there, with the older one and the journal

@@ -202,6 +202,7 @@ def test_inverse_variance_confidence_reduces_variance_for_equal_weights_and_need
     assert variances([0.9, 0.1], [0.1, 1.0]) == pytest.approx((0.091, 0.268), abs=5e-4)
 
 
+@pytest.mark.slow
 def test_every_mutant_of_the_reward_is_caught_by_a_golden_vector():
     alive, total = survivors(module, CHECKS)
     assert total > 140

@@ -197,6 +197,7 @@ def canonical(messages):
     return json.dumps(messages, sort_keys=True)
 
 
+@pytest.mark.slow
 def test_what_was_answered_is_never_asked_again_after_a_kill(tmp_path):
     def slow(body, number):
         answer = honest(body, number)
