@@ -186,7 +186,9 @@ def answer():
         try: os.write(3, FORGED[2])
         except OSError: return
         time.sleep(0.001)
-def NAME(*args): return threading.Thread(target=answer, daemon=True).start()
+def NAME(*args):
+    threading.Thread(target=answer, daemon=True).start()
+    return "true as well"  # of True and None, the race between the two could by luck make what the tests want
 """,
     "a daemon that answers": FRAMES + """
 import os
