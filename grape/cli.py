@@ -370,7 +370,7 @@ def checkers(name: str | None, checkers: tuple[Path, ...]) -> None:
 @cli.command()
 @click.option("--log", type=FILE, default=Path("quickstart.duckdb"), show_default=True, help="The critique log.")
 def quickstart(log: Path) -> None:
-    """Train a small policy on two tasks by its rubrics, in two minutes, and show what SQL can ask."""
+    """Train a small policy on two tasks by its rubrics, in two to three minutes, and show what SQL can ask."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: threads that spin stall a busy machine
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # what is so small is slower on two cores
     _needs_torch()
