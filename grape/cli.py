@@ -304,7 +304,11 @@ def train(
             bar.step(step.step, step.steps, step.metrics, step.seconds)
             steps[step.step] = step.metrics
             if as_json:
-                print(json.dumps({"step": step.step, "seconds": step.seconds, **step.metrics}), file=sys.__stdout__)
+                print(
+                    json.dumps({"step": step.step, "seconds": step.seconds, **step.metrics}),
+                    file=sys.__stdout__,
+                    flush=True,
+                )
 
         done = asyncio.run(train(config, resume=resume, allow_changes=allow_changes, sandbox=sandbox, report=report))
     if not as_json and steps:

@@ -78,7 +78,7 @@ def settled_groups(answered: Sequence[Answered], config: RunConfig) -> list[Sett
             one.asked.route != "improve" or config.improve.baseline or config.improve.context == "behaviour"
             for one in answered
         ],
-        extra={"length": [_overlong(one, config) for one in answered]} if soft else None,
+        extra={"length": [overlong(one, config) for one in answered]} if soft else None,
     )
 
 
@@ -88,7 +88,7 @@ def _group(one: Answered, config: RunConfig) -> str:
     return f"{name} improving {one.asked.parent} ({one.asked.control})" if apart else name
 
 
-def _overlong(one: Answered, config: RunConfig) -> float:
+def overlong(one: Answered, config: RunConfig) -> float:
     """DAPO's soft penalty: 0 up to the buffer, down to -1 at the limit, and -1 where the response was cut.
 
     (limit - buffer - length) / buffer         Yu et al. 2025, eq. 13

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
+
+from grape.collect import Answered
+from grape.config import parse_run
 from grape.member import Member
 from grape.optimize import Update
-from grape.step import Step
+from grape.step import Step, overlong
 
 
 def member(**values):
@@ -46,3 +50,31 @@ def test_the_log_gets_what_the_update_measured():
     assert [row["logprob_trained"] for row in rows["responses"]] == [-1.5, None]
     assert json.loads(rows["steps"][0]["metrics"]) == {"outcomes": {"ok": 2}, "loss": 0.5, "x": 0.1}
     assert "logprob_trained" not in step().rows["responses"][0]
+
+
+@pytest.mark.parametrize(
+    ("length", "finish", "penalty"),
+    [
+        (1, "stop", 0.0),
+        (4, "stop", 0.0),
+        (5, "stop", -0.25),
+        (7, "stop", -0.75),
+        (8, "stop", -1.0),
+        (8, "length", -1.0),
+    ],
+)
+def test_the_soft_penalty_is_a_line_over_the_last_tokens(length, finish, penalty):
+    config = parse_run(
+        {
+            "policy": {"model": "m"},
+            "questions": {"path": "q"},
+            "sampling": {"max_tokens": 8},
+            "truncation": {"how": "soft", "buffer": 4},
+        },
+        "run",
+    )
+    tokens = tuple(range(length))
+    drawn = Answered(asked=None, token_ids=tokens, logprobs=(-1.0,) * length, finish=finish, judged=None)
+    assert overlong(drawn, config) == penalty
+    given = Answered(asked=None, token_ids=tokens, logprobs=None, finish="stop", judged=None)
+    assert overlong(given, config) == 0.0
