@@ -1,15 +1,13 @@
-"""Responses as the optimizer takes them, and a few of them padded to tensors."""
+"""Responses as the optimizer takes them, and a few of them as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from grape.logprobs import pad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,33 +33,45 @@ class Member:
         return len(self.prompt_ids) + len(self.token_ids)
 
 
+class Text(Protocol):
+    """The tokens of a few members as a model computes them (`grape.packing`)."""
+
+    def __len__(self) -> int:
+        """How many tokens are computed."""
+
+    def states(self, model: Any) -> Tensor:
+        """The last hidden states N x H before the response tokens, member by member."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """The rows of a micro-batch, padded. ``rollout_BT`` is NaN where the log-probabilities of the draw do not apply."""
+    """A micro-batch: ``labels_N`` are the N response tokens, one member's behind another's, ``mask_BT`` their places.
+
+    T is the length of the longest response. ``rollout_BT`` is NaN where the log-probabilities of the draw do not apply.
+    """
 
     members: tuple[Member, ...]
-    ids_BT: Tensor
-    attended_BT: Tensor
+    text: Text
+    labels_N: Tensor
     mask_BT: Tensor
     advantage_B: Tensor
     reward_B: Tensor
     rollout_BT: Tensor
 
 
-def make_batch(members: Sequence[Member], pad_id: int, device: Any) -> Batch:
-    """Rows padded to the longest of them."""
-    ids_BT, attended_BT, mask_BT = pad(
-        [member.prompt_ids for member in members], [member.token_ids for member in members], pad_id, device
-    )
-    rollout_BT = torch.full(ids_BT.shape, torch.nan)
+def make_batch(members: Sequence[Member], text: Text, device: Any) -> Batch:
+    """Members with their text; what is per token is B x T of the responses alone."""
+    lengths_B = torch.tensor([len(member.token_ids) for member in members])
+    mask_BT = torch.arange(int(lengths_B.max())) < lengths_B[:, None]
+    rollout_BT = torch.full(mask_BT.shape, torch.nan)
     for row, member in enumerate(members):
         if member.off_policy and member.rollout_logprobs is not None:
-            rollout_BT[row, len(member.prompt_ids) : len(member)] = torch.tensor(member.rollout_logprobs)
+            rollout_BT[row, : len(member.token_ids)] = torch.tensor(member.rollout_logprobs)
     return Batch(
         members=tuple(members),
-        ids_BT=ids_BT,
-        attended_BT=attended_BT,
-        mask_BT=mask_BT,
+        text=text,
+        labels_N=torch.tensor([token for member in members for token in member.token_ids], device=device),
+        mask_BT=mask_BT.to(device),
         advantage_B=torch.tensor([member.advantage for member in members], device=device),
         reward_B=torch.tensor([member.reward for member in members], device=device),
         rollout_BT=rollout_BT.to(device),

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from grape.config import RunConfig
 from grape.kl import reward_kl
-from grape.logprobs import Other, response_states, scattered, token_logprobs
+from grape.logprobs import Other, scattered, token_logprobs
 from grape.loss import PER_SEQUENCE, Metrics, policy_loss, trpo_loss
 from grape.member import Batch
 from grape.policy import Policy, causal_lm, logits
@@ -63,11 +63,11 @@ class Objective:
         """The loss of a micro-batch, its metrics, and what it was before the first update, to hand in from then on."""
         with self.autocast():
             ref_BT, other = self._constants(batch) if before is None else (before.ref_BT, before.other)
-            states_NH = response_states(self.model, batch.ids_BT, batch.attended_BT, batch.mask_BT)
+            states_NH = batch.text.states(self.model)
             if before is None and self.config.loss.kl == "trpo":
                 head = partial(logits, self.model, head=self._old_head)
                 other = Other(states_NH=states_NH.detach(), logits=head, first=True)
-            values = token_logprobs(self._logits, states_NH, batch.ids_BT[batch.mask_BT], entropy=True, other=other)
+            values = token_logprobs(self._logits, states_NH, batch.labels_N, entropy=True, other=other)
         logprobs_BT, entropy_BT = (scattered(values_N, batch.mask_BT) for values_N in values[:2])
         kl_BT = None if other is None else scattered(values[2], batch.mask_BT)
         value_BT = self._values(states_NH, batch)
@@ -153,8 +153,8 @@ class Objective:
         """Eq. 12 summed over each row, B: what a ratio per sequence takes into the reward, before the baseline."""
         with self.autocast():
             ref_BT, _ = self._constants(batch)
-            states_NH = response_states(self.model, batch.ids_BT, batch.attended_BT, batch.mask_BT)
-            logprobs_N, _, _ = token_logprobs(self._logits, states_NH, batch.ids_BT[batch.mask_BT])
+            states_NH = batch.text.states(self.model)
+            logprobs_N, _, _ = token_logprobs(self._logits, states_NH, batch.labels_N)
         assert ref_BT is not None
         logprobs_BT = scattered(logprobs_N, batch.mask_BT)
         return reward_kl(logprobs_BT, ref_BT, batch.mask_BT, kl_coef=self.kl_coef).sum(1)
@@ -167,7 +167,7 @@ class Objective:
         states_NH = self._reference.states(batch)
         if self.config.loss.kl == "full":
             return None, Other(states_NH=states_NH, logits=self._reference.logits)
-        logprobs_N, _, _ = token_logprobs(self._reference.logits, states_NH, batch.ids_BT[batch.mask_BT])
+        logprobs_N, _, _ = token_logprobs(self._reference.logits, states_NH, batch.labels_N)
         return scattered(logprobs_N, batch.mask_BT), None
 
     def _values(self, states_NH: Tensor, batch: Batch) -> Tensor | None:

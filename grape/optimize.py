@@ -16,10 +16,10 @@ from torch import Tensor
 from grape.config import OptimizerConfig, RunConfig
 from grape.errors import ConfigError, GrapeError, one_line
 from grape.kl import adapted_kl_coef
-from grape.logprobs import micro_batches
-from grape.member import Batch, Member, make_batch
+from grape.member import Batch, Member
 from grape.modes import Modes
 from grape.objective import Before, Objective
+from grape.packing import Packing
 from grape.policy import Policy
 from grape.reward import advantage
 
@@ -53,6 +53,9 @@ class Optimizer:
         self.config = config
         self.accelerator = accelerator
         self.objective = Objective(policy, config, reference)
+        with self.objective.autocast():
+            self.packing = Packing(policy.model, policy.pad_id)
+        self._others = () if reference is None else (reference.model,)
         self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
         self._groups = param_groups(policy.model, self.objective.value_head, config)
         self._weights: list[Tensor] = [weight for group in self._groups for weight in group["params"]]
@@ -66,16 +69,13 @@ class Optimizer:
         """
         self._agree(fault(members), step)
         trained = [member for member in members if member.trained]
-        rows = micro_batches([len(member) for member in trained], self.config.optimizer.micro_tokens)
-        batches = [
-            make_batch([trained[row] for row in cut], self.policy.pad_id, self.policy.model.device) for cut in rows
-        ]
+        batches = self.packing.batches(trained, self.config.optimizer.micro_tokens)
         totals = self._totals(members, batches)
         if not totals["trained_tokens"]:
             return Update(metrics={}, logprobs={})
         epochs: list[dict[str, float]] = []
         before: dict[int, Before] = {}
-        with self._modes.training():
+        with self._modes.training(), self.packing.on(*self._others):
             self.objective.begin()
             if batches and self.config.loss.kl == "reward" and self.objective.per_sequence:
                 batches = self._penalised(batches)
@@ -136,7 +136,7 @@ class Optimizer:
             "lr": factor * self.config.optimizer.lr,
             "kl_coef": self.objective.kl_coef,
             "tokens": float(totals["trained_tokens"]),
-            "padding": 1 - totals["real"] / totals["padded"],
+            "computed": totals["computed"] / totals["real"],
         }
 
     def _step(self, step: int, factor: float) -> float:
@@ -183,7 +183,7 @@ class Optimizer:
             "trained_sequences": len(rows),
             "trained_tokens": sum(len(member.token_ids) for member in rows),
             "real": sum(map(len, rows)),
-            "padded": sum(batch.ids_BT.numel() for batch in batches),
+            "computed": sum(len(batch.text) for batch in batches),
         }
         return {name: int(value) for name, value in self._sum(counts).items()}
 

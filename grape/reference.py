@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grape.logprobs import response_states
 from grape.member import Batch
 from grape.policy import Policy, causal_lm, logits
 
@@ -30,7 +29,7 @@ class Reference:
     def states(self, batch: Batch) -> Tensor:
         """The hidden states N x H before the tokens that count, for `logits`."""
         with self._model.disable_adapter() if self._own else nullcontext():
-            return response_states(self._model, batch.ids_BT, batch.attended_BT, batch.mask_BT)
+            return batch.text.states(self._model)
 
 
 def head_of(model: Any, *, copied: bool) -> Any:
