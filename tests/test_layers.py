@@ -16,10 +16,10 @@ LAYERS = [
     {"resources", "scale", "sandbox"},
     {"config", "chat", "kl"},
     {"adapters", "loss"},
-    {"policy", "value"},
+    {"policy", "value", "attention"},
     {"rollout", "logprobs"},
     {"member", "modes"},
-    {"reference", "ranks"},
+    {"reference", "ranks", "packing"},
     {"objective", "sampler"},
     {"optimize"},
     {"checkers", "log"},
@@ -43,7 +43,7 @@ LAYERS = [
 TENSOR = {"adapters", "kl", "logprobs", "loss", "member", "modes", "objective"}
 TENSOR |= {"optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
-TENSOR |= {"ranks", "sampler", "learner"}
+TENSOR |= {"ranks", "sampler", "learner", "attention", "packing"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 
