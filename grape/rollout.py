@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from grape.cache import keep, share_out
 from grape.errors import ConfigError, GrapeError
 from grape.policy import Policy, causal_lm, hidden_states, logits
 
@@ -108,12 +110,14 @@ def sample(
         if on_response is not None:
             on_response(done[place])
 
-    def drawn(logits_RV: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(generator, Sequence):
-            return draw(logits_RV, sampling, generator)
-        alive = [number for number, place in enumerate(places) if place not in done]
-        rows = [draw(logits_RV[[row]], sampling, generator[number]) for row, number in enumerate(alive)]
-        return torch.cat([tokens_1 for tokens_1, _ in rows]), torch.cat([logprobs_1 for _, logprobs_1 in rows])
+    def drawn(logits_RV: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+        if sampling.temperature == 0:
+            uniform_R = logits_RV.new_zeros(len(numbers))  # none is needed
+        elif isinstance(generator, Sequence):
+            uniform_R = torch.cat([uniform(1, logits_RV.device, generator[number]) for number in numbers])
+        else:
+            uniform_R = uniform(len(numbers), logits_RV.device, generator)
+        return draw(logits_RV, sampling, uniform_R)
 
     if places:
         with evaluating(policy.model):
@@ -161,7 +165,7 @@ def decode(
     prompts: Sequence[Sequence[int]],
     places: list[tuple[int, int]],
     max_tokens: int,
-    draw: Callable[[Tensor], tuple[Tensor, Tensor]],
+    draw: Callable[[Tensor, list[int]], tuple[Tensor, Tensor]],
     finish: Callable[[tuple[int, int], list[int], list[float], Finish], None],
 ) -> None:
     """The loop over tokens: R rows are alive; Q prompts are computed first and shared out."""
@@ -171,25 +175,25 @@ def decode(
     out = hidden_states(policy.model, ids_QP, attended_QP, use_cache=True)
     cache = out.past_key_values
     rows_R = torch.tensor([groups.index(group) for group, _ in places], device=device)
-    cache.batch_select_indices(rows_R)
+    share_out(cache, rows_R, ids_QP.shape[1] + max_tokens)
     attended_RT, state_RH = attended_QP[rows_R], out.last_hidden_state[rows_R, -1]
-    alive = [(place, list[int](), list[float]()) for place in places]
+    said = [(list[int](), list[float]()) for _ in places]
+    alive = list(range(len(places)))  # the place of each row
     while alive:
-        tokens_R, logprobs_R = draw(logits(policy.model, state_RH))
-        keep = []
-        for row, (token, logprob) in enumerate(zip(tokens_R.tolist(), logprobs_R.tolist(), strict=True)):
-            place, tokens, logprobs = alive[row]
-            tokens.append(token)
+        tokens_R, logprobs_R = draw(logits(policy.model, state_RH), alive)
+        going = []
+        for row, (number, token, logprob) in enumerate(zip(alive, *on_host(tokens_R, logprobs_R), strict=True)):
+            tokens, logprobs = said[number]
+            tokens.append(int(token))
             logprobs.append(logprob)
             if token in policy.stop_ids or len(tokens) == max_tokens:
-                finish(place, tokens, logprobs, "stop" if token in policy.stop_ids else "length")
+                finish(places[number], tokens, logprobs, "stop" if token in policy.stop_ids else "length")
             else:
-                keep.append(row)
-        if 0 < len(keep) < len(alive):
-            keep_R = torch.tensor(keep, device=device)
-            cache.batch_select_indices(keep_R)
-            attended_RT, tokens_R = attended_RT[keep_R], tokens_R[keep_R]
-        alive = [alive[row] for row in keep]
+                going.append(row)
+        if 0 < len(going) < len(alive):
+            going, going_R = keep(cache, going, device)
+            attended_RT, tokens_R = attended_RT[going_R], tokens_R[going_R]
+        alive = [alive[row] for row in going]
         if alive:
             attended_RT = torch.cat([attended_RT, attended_RT.new_ones(len(alive), 1)], dim=1)
             out = hidden_states(policy.model, tokens_R[:, None], attended_RT, past_key_values=cache, use_cache=True)
@@ -204,18 +208,36 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[T
     return ids_BT, attended_BT
 
 
-def draw(logits_RV: Tensor, sampling: Sampling, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """One token for each row, and its log-probability under the untruncated policy at temperature 1."""
-    logprobs_RV = logits_RV.log_softmax(-1)
-    if bool(logprobs_RV[:, 0].isnan().any()):  # a row without a norm is NaN in every column
-        raise GrapeError("the policy gives no numbers: its weights or activations are not finite")
+def uniform(count: int, device: Any, generator: torch.Generator | None) -> Tensor:
+    """Numbers in [0, 1), in float64: in float32 a vocabulary has tokens that none of them would ever meet."""
+    return torch.rand(count, dtype=torch.float64, device=device, generator=generator)
+
+
+def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Tensor, Tensor]:
+    """One token for each row, and its log-probability under the untruncated policy at temperature 1.
+
+    A row's token is the one in whose part of its cumulative distribution its uniform number lies: one random number a
+    row, where `torch.multinomial` takes one for every token of the vocabulary.
+    """
     if sampling.temperature == 0:
-        tokens_R1 = logprobs_RV.argmax(-1, keepdim=True)
+        tokens_R1 = logits_RV.argmax(-1, keepdim=True)
     else:
-        highest_RV = logprobs_RV - logprobs_RV.amax(-1, keepdim=True)  # 0 at the top, however cold
+        highest_RV = logits_RV - logits_RV.amax(-1, keepdim=True)  # 0 at the top, however cold
         probs_RV = truncate((highest_RV / max(sampling.temperature, 1e-30)).softmax(-1), sampling)
-        tokens_R1 = torch.multinomial(probs_RV, 1, generator=generator)
-    return tokens_R1.squeeze(1), logprobs_RV.gather(1, tokens_R1).squeeze(1)
+        below_RV = probs_RV.cumsum(-1, dtype=torch.float64)
+        sum_R1 = below_RV[:, -1:]
+        at_R1 = torch.minimum(uniform_R[:, None] * sum_R1, sum_R1.nextafter(torch.zeros_like(sum_R1)))
+        tokens_R1 = torch.searchsorted(below_RV, at_R1, right=True)  # never one of probability 0
+        tokens_R1 = tokens_R1.clamp(max=logits_RV.shape[1] - 1)  # a row that is NaN
+    return tokens_R1.squeeze(1), (logits_RV.gather(1, tokens_R1) - logits_RV.logsumexp(-1, keepdim=True)).squeeze(1)
+
+
+def on_host(tokens_R: Tensor, logprobs_R: Tensor) -> list[list[float]]:
+    """Tokens and log-probabilities as lists, in one transfer: numbers of float64 hold both exactly."""
+    tokens, logprobs = torch.stack([tokens_R.double(), logprobs_R.double()]).tolist()
+    if not all(map(math.isfinite, logprobs)):
+        raise GrapeError("the policy gives no numbers: its weights or activations are not finite")
+    return [tokens, logprobs]
 
 
 def truncate(probs_RV: Tensor, sampling: Sampling) -> Tensor:

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "types", "reward"},
     {"resources", "scale", "sandbox"},
     {"config", "chat", "kl"},
-    {"adapters", "loss"},
+    {"adapters", "cache", "loss"},
     {"policy", "value", "attention"},
     {"rollout", "logprobs"},
     {"member", "modes"},
@@ -40,7 +40,7 @@ LAYERS = [
     {"cli"},
 ]
 # the half that needs torch
-TENSOR = {"adapters", "kl", "logprobs", "loss", "member", "modes", "objective"}
+TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective"}
 TENSOR |= {"optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
 TENSOR |= {"ranks", "sampler", "learner", "attention", "packing"}

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import threading
 
 import pytest
 import torch
 from tiny import tiny_policy
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from grape.cache import keep, share_out
 from grape.errors import ConfigError, GrapeError
 from grape.logprobs import pad, response_logprobs
 from grape.policy import load_policy, save_policy
@@ -243,12 +246,57 @@ def test_evaluation_at_another_temperature_still_gives_the_policys_own_logprobs(
             assert rollout.logprobs == pytest.approx(truth, abs=1e-4)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_policy_that_gives_no_numbers_is_one_line(value):
-    logits_RV = torch.zeros(2, 5)
-    logits_RV[1, 3] = value
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0, training=False)])
+def test_a_policy_that_gives_no_numbers_is_one_line(value, sampling, tmp_path):
+    policy = tiny_policy(tmp_path)
+    policy.model.model.norm.weight.data[3] = value
     with pytest.raises(GrapeError, match="the policy gives no numbers: its weights or activations are not finite"):
-        draw(logits_RV, Sampling(), None)
+        sample(policy, PROMPTS, responses=2, max_tokens=3, sampling=sampling)
+
+
+def test_a_uniform_number_is_a_place_in_the_cumulative_distribution():
+    probs_RV = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    below = {0.0: 1, 0.2499999: 1, 0.25: 3, 0.7499999: 3, 0.75: 4, 1 - 2**-53: 4}
+    for number, token in below.items():
+        uniform_R = torch.tensor([number], dtype=torch.float64)
+        tokens_R, logprobs_R = draw(probs_RV.log(), Sampling(), uniform_R)
+        assert tokens_R.tolist() == [token]
+        assert logprobs_R.item() == pytest.approx(math.log(probs_RV[0, token]), abs=1e-6)
+
+
+def test_no_token_is_too_rare_for_a_uniform_number():
+    logits_RV = torch.full((1, 20_000), -18.0)  # 1.5e-8 each beside the first: numbers of float32 are 6e-8 apart
+    logits_RV[0, 0] = 0.0
+    uniform_R = torch.linspace(0.9999, 0.99991, 101, dtype=torch.float64)
+    tokens_R, _ = draw(logits_RV.expand(101, -1), Sampling(), uniform_R)
+    steps = tokens_R.diff()
+    assert steps.min() >= 6 and steps.max() <= 7  # 1e-7 of the distribution each
+
+
+def test_the_cache_that_stays_in_place_holds_what_transformers_own_holds():
+    generator = seeded(4)
+    plain, cache = DynamicLayer(), DynamicCache()
+    plain.update(*torch.randn(2, 3, 2, 5, 4, generator=generator))
+    cache.update(plain.keys, plain.values, 0)
+    rows_R = torch.tensor([0, 0, 1, 2, 2, 2])
+    plain.batch_select_indices(rows_R)
+    share_out(cache, rows_R, 5 + 400)
+    places = set()
+    moments = {7: [0, 2, 3, 5], 9: [0, 1, 2], 150: [1, 2], 390: [0]}  # a hole, the last, the first, all but the first
+    for moment in range(400):
+        if moment in moments:
+            order, order_R = keep(cache, moments[moment], "cpu")
+            assert sorted(order) != order or order == list(range(len(order)))
+            assert {*moments[moment]} == {*order} == {*order_R.tolist()}
+            plain.batch_select_indices(order_R)
+        new = torch.randn(2, len(plain.keys), 2, 1, 4, generator=generator)
+        wanted, found = plain.update(*new), cache.update(*new, 0)
+        assert all(map(torch.equal, found, wanted))
+        places.add(found[0].data_ptr())
+    assert cache.get_seq_length() == 405
+    assert len(places) <= 4  # of 400 tokens
+    assert found[0].untyped_storage().size() == 4 * 2 * 2 * 405 * 4  # the limit, and the rows that were there last time
 
 
 @pytest.mark.parametrize(
