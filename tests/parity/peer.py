@@ -32,11 +32,11 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """A response that was drawn, without its padding, and its reward."""
+    """A response that was drawn, without its padding, and its reward: None where it has none."""
 
     prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
-    reward: float
+    reward: float | None
 
 
 Batch = Sequence[Sequence[Rollout]]  # groups of equal size, each of one prompt
@@ -245,10 +245,10 @@ def recorded_rloo(stored: dict[str, Sequence[Rollout]], clock: Clock, **argument
     return Recorded(reward_funcs=reward_of(stored), **arguments)
 
 
-def reward_of(stored: dict[str, Sequence[Rollout]]) -> Callable[..., list[float]]:
+def reward_of(stored: dict[str, Sequence[Rollout]]) -> Callable[..., list[float | None]]:
     """The recorded rewards, as TRL asks for them."""
 
-    def recorded(prompts: list[str], **_: Any) -> list[float]:
+    def recorded(prompts: list[str], **_: Any) -> list[float | None]:
         return [one.reward for one in members(stored, prompts)]
 
     return recorded
