@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from grape.policy import causal_lm
 from grape.rollout import evaluating
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt and response
+PAYS = (
+    1.1  # a prompt is shared where that computes so many times fewer tokens: joining has a cost (benchmarks/train.py)
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,28 +85,35 @@ class Packing:
         device = self._model.device
         lengths = [len(member) for member in members]
         if not self.packs or max(lengths, default=0) > self._reach:
-            cut = micro_batches(lengths, budget)
-            some = [[members[row] for row in rows] for rows in cut]
-            return [make_batch(few, padded(rows_of(few), self._pad_id, device), device) for few in some]
-        some = self._cut(members, budget)
-        return [make_batch(few, packed(rows_of(few), device, share=self._share), device) for few in some]
+            few = [[members[row] for row in cut] for cut in micro_batches(lengths, budget)]
+            return [make_batch(some, padded(rows_of(some), self._pad_id, device), device) for some in few]
+        return [
+            make_batch(
+                [member for run in runs for member in run], packed([rows_of(run) for run in runs], device), device
+            )
+            for runs in self._cut(members, budget)
+        ]
 
-    def _cut(self, members: Sequence[Member], budget: int) -> list[list[Member]]:
+    def _cut(self, members: Sequence[Member], budget: int) -> list[list[list[Member]]]:
+        """Micro-batches of runs; the members of a run share their prompt."""
         by_prompt: dict[tuple[int, ...], list[Member]] = {}
         for member in members:
             by_prompt.setdefault(member.prompt_ids, []).append(member)
-        batches: list[list[Member]] = []
+        batches: list[list[list[Member]]] = []
         room = 0
         for prompt, few in by_prompt.items():
-            begun = False  # the prompt is in the last batch
+            shared = self._share and pays(rows_of(few))
+            begun = False  # the last run is one of this prompt
             for member in few:
-                more = len(member.token_ids) - 1 + (0 if begun and self._share else len(prompt))
+                more = len(member) - 1 - (len(prompt) if begun and shared else 0)
                 if not batches or more > room:
                     batches.append([])
-                    room, more = budget, len(member) - 1
+                    room, more, begun = budget, len(member) - 1, False
+                if not (begun and shared):
+                    batches[-1].append([])
                 begun = True
                 room -= more
-                batches[-1].append(member)
+                batches[-1][-1].append(member)
         return batches
 
     @contextmanager
@@ -126,8 +136,15 @@ def padded(rows: Sequence[Row], pad_id: int, device: Any) -> Padded:
     return Padded(ids_BT=ids_BT, attended_BT=attended_BT, mask_BT=mask_BT)
 
 
-def packed(rows: Sequence[Row], device: Any = "cpu", *, share: bool = True) -> Packed:
-    """Rows behind one another; those with one prompt, next to one another, share it."""
+def pays(rows: Sequence[Row]) -> bool:
+    """Whether rows of one prompt are computed faster when they share it."""
+    prompt = len(rows[0][0])
+    shared = prompt + sum(len(given) - 1 for _, given in rows)
+    return shared + (len(rows) - 1) * prompt >= PAYS * shared
+
+
+def packed(runs: Sequence[Sequence[Row]], device: Any = "cpu") -> Packed:
+    """Rows behind one another. The rows of a run have one prompt and share it."""
     ids, positions, before = list[int](), list[int](), list[int]()
     own, shared = list[tuple[int, int]](), list[tuple[int, int, int, int]]()
 
@@ -136,22 +153,18 @@ def packed(rows: Sequence[Row], device: Any = "cpu", *, share: bool = True) -> P
         ids.extend(tokens)
         positions.extend(range(start, start + len(tokens)))
 
-    for (prompt, _), run in groupby(enumerate(rows), key=lambda place: (place[1][0], None if share else place[0])):
-        few = [given for _, (_, given) in run]
-        joined, first = len(few) > 1, len(ids)
+    for run in runs:
+        prompt, first = run[0][0], len(ids)
         put(prompt, 0)
         last = len(ids) - 1
-        if joined:
-            own.append((first, last + 1))
-        for given in few:
+        spans = [first, len(ids)] if len(run) > 1 else [first]
+        for _, given in run:
             start = len(ids)
             before.extend([last, *range(start, start + len(given) - 1)][: len(given)])
             put(given[:-1], len(prompt))
-            if joined and len(ids) > start:
-                own.append((start, len(ids)))
-        if not joined:
-            own.append((first, len(ids)))
-        elif len(ids) > last + 1:
+            spans.append(len(ids))
+        own.extend((start, end) for start, end in pairwise(spans) if end > start)
+        if len(run) > 1 and len(ids) > last + 1:
             shared.append((last + 1, len(ids), first, last + 1))
     return Packed(
         ids_1T=torch.tensor([ids], device=device),
@@ -173,12 +186,12 @@ def reach(model: Any) -> float:
 def packs(model: Any) -> bool:
     """Whether packed and padded rows give this model the same states, by two groups of two done both ways."""
     device = model.device
-    rows: list[Row] = [((0, 1, 2), (3, 4, 5)), ((0, 1, 2), (5, 3)), ((2, 0), (1, 4, 3, 1)), ((2, 0), (4,))]
+    runs: list[list[Row]] = [[((0, 1, 2), (3, 4, 5)), ((0, 1, 2), (5, 3))], [((2, 0), (1, 4, 3, 1)), ((2, 0), (4,))]]
     try:
         with evaluating(model):
-            wanted_NH = padded(rows, 0, device).states(model)
+            wanted_NH = padded([row for run in runs for row in run], 0, device).states(model)
             with switched(model):
-                found_NH = packed(rows, device).states(model)
+                found_NH = packed(runs, device).states(model)
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
         return False
     exact = wanted_NH.dtype == torch.float32 and not torch.is_autocast_enabled(device.type)

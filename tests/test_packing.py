@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
 import torch
@@ -30,7 +31,13 @@ def groups(*sizes, prompt=12, response=9, seed=0):
     return [(given, tokens(response)) for given, size in zip(prompts, sizes, strict=True) for _ in range(size)]
 
 
+def shared(rows):
+    """Neighbours with one prompt as runs."""
+    return [list(run) for _, run in groupby(rows, key=lambda row: row[0])]
+
+
 ROWS = groups(4, 1, 3)
+RUNS = {True: shared(ROWS), False: [[row] for row in ROWS]}
 
 
 def backward(model, text, weight):
@@ -49,7 +56,7 @@ def test_states_and_gradients_are_those_of_padded_rows(kind, dtype, tolerance, s
     weight = torch.randn(sum(len(given) for _, given in ROWS), 64, generator=torch.Generator().manual_seed(0))
     wanted, grads = backward(model, padded(ROWS, 0, "cpu"), weight)
     with switched(model):
-        found, ours = backward(model, packed(ROWS, share=share), weight)
+        found, ours = backward(model, packed(RUNS[share]), weight)
     torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
     assert ours.keys() == grads.keys()
     for name, grad in grads.items():
@@ -62,25 +69,25 @@ def test_gradients_reach_the_prompt_from_each_response():
     total = torch.zeros(99, 64, dtype=torch.float64)
     for row in rows:
         with switched(model):
-            total += backward(model, packed([row]), torch.ones(1))[1]["gpt_neox.embed_in.weight"]
+            total += backward(model, packed([[row]]), torch.ones(1))[1]["gpt_neox.embed_in.weight"]
     with switched(model):
-        together = backward(model, packed(rows), torch.ones(1))[1]["gpt_neox.embed_in.weight"]
+        together = backward(model, packed(shared(rows)), torch.ones(1))[1]["gpt_neox.embed_in.weight"]
     torch.testing.assert_close(together, total, rtol=0, atol=1e-12)
 
 
 def test_what_is_packed():
     rows = [((1, 2), (5, 6, 7)), ((1, 2), (8,)), ((1, 2), (4, 9)), ((3,), (1, 2))]
-    text = packed(rows)
+    text = packed(shared(rows))
     assert text.ids_1T.tolist() == [[1, 2, 5, 6, 4, 3, 1]]  # last tokens predict nothing
     assert text.positions_1T.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     assert text.before_N.tolist() == [1, 2, 3, 1, 1, 4, 5, 6]
     assert text.blocks.own == ((0, 2), (2, 4), (4, 5), (5, 7))
     assert text.blocks.shared == ((2, 5, 0, 2),)
     assert text.blocks.longest == 4
-    apart = packed(rows, share=False)
+    apart = packed([[row] for row in rows])
     assert len(apart) == len(text) + 4
     assert (apart.blocks.own, apart.blocks.shared) == (((0, 4), (4, 6), (6, 9), (9, 11)), ())
-    ends = packed([((1, 2), (5,)), ((1, 2), (6,))])
+    ends = packed([[((1, 2), (5,)), ((1, 2), (6,))]])
     assert (ends.blocks.own, ends.blocks.shared, ends.before_N.tolist()) == (((0, 2),), (), [1, 1])
 
 
@@ -103,7 +110,7 @@ def by_rows(query, key, value, begin_q, begin_k, longest_q, longest_k, *, scale,
 
 def test_the_rows_for_a_varlen_kernel_are_those_of_the_joined_parts():
     """What CUDA is given, by a kernel that runs here."""
-    blocks = packed(ROWS).blocks
+    blocks = packed(RUNS[True]).blocks
     total = blocks.own[-1][1]
     draw = torch.Generator().manual_seed(1)
     query, key, value = (
@@ -180,6 +187,17 @@ def test_siblings_are_together_as_far_as_the_budget_goes():
     assert packing.batches([], 8) == []
 
 
+def test_a_prompt_is_shared_where_that_pays():
+    packing = Packing(tiny_model(), 0)
+    for prompt, given, expected in ((1, 20, False), (2, 20, False), (3, 20, True), (40, 2, True)):
+        members = [member(n, (5,) * prompt, (7,) * given) for n in range(4)]
+        (batch,) = packing.batches(members, 1000)
+        assert len(batch.text) == (prompt if expected else 4 * prompt) + 4 * (given - 1), prompt
+        assert bool(batch.text.blocks.shared) is expected
+        assert [len(cut.text) for cut in packing.batches(members, 1)] == [prompt + given - 1] * 4
+    assert not packing.batches([member(0, (5,) * 40, (7,))], 100)[0].text.blocks.shared
+
+
 def config(**sections):
     return parse_run({"policy": {"model": "m", "dtype": "float32"}, "questions": {"path": "q"}, **sections}, "run")
 
@@ -229,7 +247,7 @@ def test_bfloat16_arithmetic_is_near():
     model = tiny_model()
     wanted = padded(ROWS, 0, "cpu").states(model)
     with torch.autocast("cpu", dtype=torch.bfloat16), switched(model):
-        found = packed(ROWS).states(model)
+        found = packed(RUNS[True]).states(model)
     assert (found - wanted).abs().mean() < 0.02 * wanted.abs().mean()
 
 
@@ -237,7 +255,7 @@ def test_lora_and_its_dropout_pass_through():
     model = add_lora(tiny_model(), Lora(r=4, dropout=0.5), seed=0)
     assert packs(model)
     modes = Modes(model, False)
-    text = packed(ROWS)
+    text = packed(RUNS[True])
     with modes.training(), switched(model):
         with modes.seeded(1):
             one = text.states(model)
