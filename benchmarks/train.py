@@ -43,7 +43,7 @@ UPDATE = {
     "ours, 1 row x 8, checkpointing": replace(OURS, micro_tokens=1, checkpointing=True),
 }
 WHOLE = {"TRL": replace(TRL, sampled=True), "ours": replace(OURS, sampled=True)}
-MB = 2**20
+MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,10 +109,10 @@ def measured(
     longest = scale.lengths.longest
     found = in_turns({name: replace(arm, longest=longest) for name, arm in arms.items()}, folder, steps)
     figures = {name: one.after(scale.warmup) for name, one in found.items() if one is not None}
-    rows = [(title, "tokens per CPU-s", "s per step", "tokens per step", "peak MB", "loaded MB")]
+    rows = [(title, "tokens per CPU-s", "s per step", "tokens per step", "peak MiB", "loaded MiB")]
     for name, one in figures.items():
         rates, tokens = one.rates("cpu_seconds"), f"{median(one.tokens):,.0f}"
-        memory = (f"{one.peak / MB:,.0f}", f"{one.loaded / MB:,.0f}")
+        memory = (f"{one.peak / MIB:,.0f}", f"{one.loaded / MIB:,.0f}")
         rows.append((name, spread(rates), spread(one.seconds, ".2f"), tokens, *memory))
     print("\n" + table(rows), flush=True)
     return figures

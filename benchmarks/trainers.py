@@ -38,12 +38,17 @@ def in_turns(arms: Mapping[str, Arm], folder: str, steps: Steps) -> dict[str, Fi
                 process.pipe.send("step")
                 if process.answer() is None:
                     alive.remove(name)
-    return {name: process.answer() if name in alive else None for name, process in running.items()}
+    figures = {name: process.answer() if name in alive else None for name, process in running.items()}
+    for process in running.values():
+        process.end()
+    return figures
 
 
 def apart(function: Callable[..., None], *args: Any, device: str = "cpu") -> None:
     """A call in a process of its own."""
-    Process(_apart, Arm(trainer="grape", device=device), function, args).answer()
+    process = Process(_apart, Arm(trainer="grape", device=device), function, args)
+    process.answer()
+    process.end()
 
 
 def _apart(pipe: Connection, _: Arm, function: Callable[..., None], args: Sequence[Any]) -> None:
@@ -72,15 +77,19 @@ class Process:
         except EOFError:
             raise SystemExit("an arm has failed") from None  # it has told why on stderr
 
+    def end(self) -> None:
+        """Wait until it has given back what it had of the GPU."""
+        self._process.join()
+
 
 def work(pipe: Connection, arm: Arm, folder: str, steps: Steps) -> None:
     """An arm's process: ready when loaded, then a step for each word from the pipe, and its figures."""
     os.dup2(2, 1)  # what libraries print is not the result
-    import torch
-
     try:
         pipe.send((ours if arm.trainer == "grape" else theirs)(pipe, arm, folder, steps))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not any(words in str(error) for words in ("out of memory", "ALLOC_FAILED")):  # torch's, or a library's
+            raise
         pipe.send(None)
 
 
