@@ -87,11 +87,16 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """What an arm did, by step. ``peak`` and ``loaded`` are bytes, of the process or its GPU: see `Memory`."""
+    """What an arm did, by step. ``peak`` and ``loaded`` are bytes, of the process or its GPU: see `Memory`.
+
+    ``computed`` are the places that the model was computed at for each token: padding adds some, a shared prompt saves
+    some.
+    """
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    computed: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     peak: int = 0
@@ -99,7 +104,8 @@ class Figures:
 
     def after(self, warmup: int) -> Figures:
         """Without the first steps; the losses and norms of all stay."""
-        return replace(self, **{name: getattr(self, name)[warmup:] for name in ("seconds", "cpu_seconds", "tokens")})
+        names = ("seconds", "cpu_seconds", "tokens", "computed")
+        return replace(self, **{name: getattr(self, name)[warmup:] for name in names})
 
     def rates(self, of: Literal["seconds", "cpu_seconds"]) -> list[float]:
         """Tokens per second of each step."""

@@ -109,11 +109,11 @@ def measured(
     longest = scale.lengths.longest
     found = in_turns({name: replace(arm, longest=longest) for name, arm in arms.items()}, folder, steps)
     figures = {name: one.after(scale.warmup) for name, one in found.items() if one is not None}
-    rows = [(title, "tokens per CPU-s", "s per step", "tokens per step", "peak MiB", "loaded MiB")]
+    rows = [(title, "tokens per CPU-s", "s per step", "tokens per step", "computed", "peak MiB", "loaded MiB")]
     for name, one in figures.items():
         rates, tokens = one.rates("cpu_seconds"), f"{median(one.tokens):,.0f}"
         memory = (f"{one.peak / MIB:,.0f}", f"{one.loaded / MIB:,.0f}")
-        rows.append((name, spread(rates), spread(one.seconds, ".2f"), tokens, *memory))
+        rows.append((name, spread(rates), spread(one.seconds, ".2f"), tokens, f"x {median(one.computed):.2f}", *memory))
     print("\n" + table(rows), flush=True)
     return figures
 

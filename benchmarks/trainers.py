@@ -134,6 +134,7 @@ def ours(pipe: Connection, arm: Arm, folder: str, steps: Steps) -> Figures:
         figures.seconds.append(ended[0] - began[0])
         figures.cpu_seconds.append(ended[1] - began[1])
         figures.tokens.append(sum(group.tokens for group in some))
+        figures.computed.append(metrics["computed"])
         figures.losses.append(metrics["loss"])
         figures.grad_norms.append(metrics["grad_norm"])
         pipe.send("done")
@@ -193,10 +194,17 @@ def theirs(pipe: Connection, arm: Arm, folder: str, steps: Steps) -> Figures:
         max_grad_norm=arm.max_grad_norm,
     )
     seen = [0, *(round(entry["num_tokens"]) for entry in trained.metrics)]
+    tokens = [after - before for before, after in pairwise(seen)]
+    padded = [
+        sum(len(group.responses) for group in groups)
+        * (max(len(group.prompt) for group in groups) + entry["completions/max_length"])
+        for groups, entry in zip(steps, trained.metrics, strict=True)
+    ]
     return Figures(
         seconds=trained.seconds,
         cpu_seconds=trained.cpu_seconds,
-        tokens=[after - before for before, after in pairwise(seen)],
+        tokens=tokens,
+        computed=[places / one for places, one in zip(padded, tokens, strict=True)],
         losses=trained.losses,
         grad_norms=trained.grad_norms,
         peak=max(peaks),
