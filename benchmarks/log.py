@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from grape.log import Log
+from grape.log import Log, writer
 from grape.log.database import read
 
 BATCH = 64
@@ -117,6 +117,7 @@ def groupby(path: Path, rows: int, rng: random.Random) -> None:
 
 def write(path: Path, start: int) -> None:
     """The process that is killed: numbered records over two tables, each acknowledged once `append` has returned."""
+    writer.FLUSH_EVERY = 0.5  # so that kills fall into flushes, too
     with Log(path) as log:
         for number in range(start, 10**9):
             row = {"run": "kills", "question_id": str(number)}

@@ -219,17 +219,26 @@ def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Tens
     A row's token is the one in whose part of its cumulative distribution its uniform number lies: one random number a
     row, where `torch.multinomial` takes one for every token of the vocabulary.
     """
+    if sampling.temperature == 1:
+        probs_RV = logits_RV.softmax(-1)
+        tokens_R1 = located(truncate(probs_RV, sampling), uniform_R)
+        return tokens_R1.squeeze(1), probs_RV.gather(1, tokens_R1).squeeze(1).log()
     if sampling.temperature == 0:
         tokens_R1 = logits_RV.argmax(-1, keepdim=True)
     else:
         highest_RV = logits_RV - logits_RV.amax(-1, keepdim=True)  # 0 at the top, however cold
-        probs_RV = truncate((highest_RV / max(sampling.temperature, 1e-30)).softmax(-1), sampling)
-        below_RV = probs_RV.cumsum(-1, dtype=torch.float64)
-        sum_R1 = below_RV[:, -1:]
-        at_R1 = torch.minimum(uniform_R[:, None] * sum_R1, sum_R1.nextafter(torch.zeros_like(sum_R1)))
-        tokens_R1 = torch.searchsorted(below_RV, at_R1, right=True)  # never one of probability 0
-        tokens_R1 = tokens_R1.clamp(max=logits_RV.shape[1] - 1)  # a row that is NaN
+        probs_RV = (highest_RV / max(sampling.temperature, 1e-30)).softmax(-1)
+        tokens_R1 = located(truncate(probs_RV, sampling), uniform_R)
     return tokens_R1.squeeze(1), (logits_RV.gather(1, tokens_R1) - logits_RV.logsumexp(-1, keepdim=True)).squeeze(1)
+
+
+def located(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Where a row's number from 0 to 1 lies among its weights, R x 1; never at a weight of 0."""
+    below_RV = weights_RV.cumsum(-1, dtype=torch.float64)
+    sum_R1 = below_RV[:, -1:]
+    at_R1 = torch.minimum(uniform_R[:, None] * sum_R1, sum_R1.nextafter(torch.zeros_like(sum_R1)))
+    found_R1 = torch.searchsorted(below_RV, at_R1, right=True)
+    return found_R1.clamp(max=weights_RV.shape[1] - 1)  # a row that is NaN
 
 
 def on_host(tokens_R: Tensor, logprobs_R: Tensor) -> list[list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -38,7 +38,7 @@ class Step:
     def dump(self) -> bytes:
         """As JSON; numbers come back from `read` to the bit."""
         data = {field.name: getattr(self, field.name) for field in fields(self)}
-        return orjson.dumps({**data, "members": [asdict(member) for member in self.members]})
+        return orjson.dumps(data)
 
     @classmethod
     def read(cls, text: bytes) -> Step:

@@ -395,7 +395,8 @@ def test_a_segment_that_is_damaged_is_set_aside_and_the_rest_stored(path, caplog
 
 WRITER = """
     import sys
-    from grape.log import Log
+    from grape.log import Log, writer
+    writer.FLUSH_EVERY = 0.2  # so that kills fall into flushes, too
     path, start = sys.argv[1], int(sys.argv[2])
     with Log(path) as log:
         for number in range(start, start + 10**6):

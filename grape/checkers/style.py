@@ -73,8 +73,8 @@ def stock_phrases(
     """
     text = plain(response.text)
     found = {}
-    for phrase, pattern in _phrases(tuple(phrases or STOCK_PHRASES)):
-        if number := sum(1 for _ in pattern.finditer(text, timeout=SECONDS, concurrent=True)):
+    for phrase, letters, pattern in _phrases(tuple(phrases or STOCK_PHRASES)):
+        if letters in text and (number := sum(1 for _ in pattern.finditer(text, timeout=SECONDS, concurrent=True))):
             found[phrase] = number
     total = sum(found.values())
     if not found:
@@ -84,11 +84,11 @@ def stock_phrases(
 
 
 @lru_cache(maxsize=64)
-def _phrases(phrases: tuple[str, ...]) -> list[tuple[str, regular.Pattern[str]]]:
-    """Each phrase as whole words."""
+def _phrases(phrases: tuple[str, ...]) -> list[tuple[str, str, regular.Pattern[str]]]:
+    """Each phrase, its letters (looked for first: most texts have none), and its pattern as whole words."""
     return [
-        (phrase, regular.compile(r"(?<!\w)" + regular.escape(plain(phrase), literal_spaces=True) + r"(?!\w)"))
-        for phrase in phrases
+        (phrase, letters, regular.compile(r"(?<!\w)" + regular.escape(letters, literal_spaces=True) + r"(?!\w)"))
+        for phrase, letters in ((phrase, plain(phrase)) for phrase in phrases)
     ]
 
 

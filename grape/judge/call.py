@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
 
@@ -37,7 +37,7 @@ class Call:
             "purpose": self.purpose,
             "messages": json.dumps(self.messages, ensure_ascii=False),
             "sampling": json.dumps(self.sampling, sort_keys=True),
-            **asdict(record),
+            **{field.name: getattr(record, field.name) for field in fields(record)},
             "outcome": str(record.outcome),
         }
 

@@ -21,7 +21,7 @@ from grape.log.database import PATIENCE, Busy, connect, read
 from grape.log.record import PLAIN, Row, Schema, encode
 from grape.log.spool import Segment, Spool, orphans
 
-FLUSH_EVERY = 0.5  # seconds that a row waits in the spool at most while the file is free
+FLUSH_EVERY = 2.0  # seconds that a row waits in the spool at most while the file is free: each flush opens the file
 RETRY_EVERY = 5.0  # seconds between attempts after a fault that is not a lock, such as a full disk
 TIDY_BELOW = 8 * 2**20  # bytes in a segment from which on its flush has no time to tidy the file
 CLOSING = 10.0  # seconds that closing waits for a file that others hold
@@ -35,7 +35,7 @@ class Log:
 
     `append` puts one record, rows of one or more tables, into a spool beside the log and returns: from then on a kill
     of this process loses none of it and stores none of it twice. (Not so a power cut: nothing is synced until it is
-    in the database.) A thread moves what is queued into the database in one short transaction, every half second;
+    in the database.) A thread moves what is queued into the database in one short transaction, every two seconds;
     whoever keeps the file open delays that, and never `append`. What a killed writer left in its spool is stored when
     the log is next opened. Threads may share a Log, processes may each open their own, and a forked child must.
     """
@@ -129,7 +129,7 @@ class Log:
             raise LogError(f"{self.path}: opened by another process; a forked one opens its own")
 
     def _run(self) -> None:
-        """Flush what is queued, at most half a second old, until the log is closed."""
+        """Flush what is queued, at most two seconds old, until the log is closed."""
         while self._queued.wait() and not self._closing.wait(FLUSH_EVERY):
             self._queued.clear()
             self._persist()
