@@ -4,7 +4,7 @@
 
 Words of 2 to 16 letters instead of the quickstart's 5 to 7, so that prompts and responses differ in length and some
 responses are cut; three of the rubrics' five items, so that rewards are often equal. The four are the first in a row
-of which one has a group of equal rewards.
+of which one has a group of equal rewards. Another sampler or processor may draw others.
 """
 
 from __future__ import annotations
