@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from grape.config import CheckpointConfig
 from grape.errors import ConfigError, one_line
@@ -43,6 +44,14 @@ class Saved:
         except (OSError, RuntimeError, ValueError, EOFError, struct.error, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path}: no optimizer's state: {one_line(error)}") from error
         return state
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """What a checkpoint holds: the optimizer's state; and the weights, where the model has but a part of them."""
+
+    weights: dict[str, Tensor] | None
+    optimizer: dict[str, Any]
 
 
 class Checkpoints:
@@ -97,14 +106,14 @@ class Checkpoints:
         state = _read(found[-1] / "state.json")
         return Saved(step=state["step"], position=state["position"], folder=found[-1])
 
-    def save(self, step: int, position: int, policy: Policy, optimizer: Mapping[str, Any]) -> Path:
+    def save(self, step: int, position: int, policy: Policy, state: State) -> Path:
         """Write a checkpoint, then drop the oldest ones and the journal of the steps that it covers."""
         folder = self.folder / f"step-{step:06d}"
         draft = self.folder / f".{folder.name}"
         try:
             self._tidy()
-            save_policy(policy, draft)
-            torch.save(dict(optimizer), draft / "optimizer.pt")
+            save_policy(policy, draft, state.weights)
+            torch.save(state.optimizer, draft / "optimizer.pt")
             (draft / "state.json").write_text(json.dumps({"step": step, "position": position}))
             draft.rename(folder)
             self._tidy()

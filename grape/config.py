@@ -37,12 +37,16 @@ class Lora(Strict):
 
 
 class PolicyConfig(Strict):
-    """The model that is trained. With ``bfloat16`` the arithmetic is in that type and the weights stay in float32."""
+    """The model that is trained. With ``bfloat16`` the arithmetic is in that type and the weights stay in float32.
+
+    With ``shard`` weights, gradients and the optimizer's state are shared out among the processes (FSDP2).
+    """
 
     model: str
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     lora: Lora | None = None
     gradient_checkpointing: bool = False
+    shard: bool = False
 
 
 class DifficultyConfig(Strict):

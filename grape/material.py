@@ -116,7 +116,8 @@ def read_material(
 
 def identity(config: RunConfig, material: Material) -> dict[str, str]:
     """A hash of each part that decides the result, by its name in messages."""
-    sections = config.model_dump(exclude={"checkpoint", "trackers", "log", "steps", "evaluate"})
+    apart = dict.fromkeys(("checkpoint", "trackers", "log", "steps", "evaluate"), True)
+    sections = config.model_dump(exclude={**apart, "policy": {"shard"}})  # how many hold a weight decides nothing
     if config.optimizer.schedule != "constant" or config.questions.order == "easy-to-hard":
         sections["steps"] = config.steps  # otherwise a run may be made longer
     parts = {name: digest(json.dumps(value, sort_keys=True)) for name, value in sections.items()}

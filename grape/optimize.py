@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +23,9 @@ from grape.modes import Modes
 from grape.objective import Before, Objective
 from grape.packing import Packing
 from grape.policy import Policy
+from grape.ranks import Ranks
 from grape.reward import advantage
+from grape.shards import clipped, full_state, is_shared, own_state, release, through, whole
 
 __all__ = ["Member", "Optimizer", "Update"]
 
@@ -41,7 +45,8 @@ class Optimizer:
     """Policy and value head under AdamW, in one process or in one of several.
 
     Each process has its own members, whole groups at a time; gradients and totals are summed over all, so that every
-    process makes the same update. There is no dropout but that of LoRA, which is drawn from the seed and the step.
+    process makes the same update. Processes that share the policy out (`grape.shards`) make as many passes as each
+    other. There is no dropout but that of LoRA, which is drawn from the seed and the step.
     """
 
     def __init__(
@@ -53,10 +58,11 @@ class Optimizer:
         self.config = config
         self.accelerator = accelerator
         self.objective = Objective(policy, config, reference)
-        with self.objective.autocast():
-            self.packing = Packing(policy.model, policy.pad_id)
+        self._ranks = Ranks(accelerator)
         self._others = () if reference is None else (reference.model,)
-        self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
+        with whole(policy.model), self.objective.autocast():
+            self.packing = Packing(policy.model, policy.pad_id)
+            self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
         self._groups = param_groups(policy.model, self.objective.value_head, config)
         self._weights: list[Tensor] = [weight for group in self._groups for weight in group["params"]]
         self._adamw = torch.optim.AdamW([dict(group) for group in self._groups])
@@ -71,12 +77,12 @@ class Optimizer:
         trained = [member for member in members if member.trained]
         batches = self.packing.batches(trained, self.config.optimizer.micro_tokens)
         totals = self._totals(members, batches)
+        batches += self._blanks(len(batches))
         if not totals["trained_tokens"]:
             return Update(metrics={}, logprobs={})
         epochs: list[dict[str, float]] = []
         before: dict[int, Before] = {}
-        with self._modes.training(), self.packing.on(*self._others):
-            self.objective.begin()
+        with self._modes.training(), self.packing.on(*self._others), self._gathered():
             if batches and self.config.loss.kl == "reward" and self.objective.per_sequence:
                 batches = self._penalised(batches)
             for _ in range(self.config.optimizer.epochs):
@@ -88,14 +94,18 @@ class Optimizer:
             member.response_id: value
             for number, batch in enumerate(batches)
             for member, value in zip(batch.members, before[number].logprobs_BT.double().sum(1).tolist(), strict=True)
+            if member.trained
         }
         return Update(metrics=metrics, logprobs=logprobs)
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a run goes on from but the policy's own weights."""
+    def state_dict(self, *, keep: bool = True) -> dict[str, Any]:
+        """All that a run goes on from but the policy's own weights, the same however many processes share it out.
+
+        All of them take part; those that are not to ``keep`` it get tensors without numbers.
+        """
         head = self.objective.value_head
         return {
-            "adamw": self._adamw.state_dict(),
+            "adamw": full_state(self._adamw.state_dict(), keep=keep),
             "value_head": None if head is None else head.state_dict(),
             "kl_coef": self.objective.kl_coef,
         }
@@ -103,7 +113,7 @@ class Optimizer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`, which is not changed."""
         try:
-            self._adamw.load_state_dict(state["adamw"])
+            self._adamw.load_state_dict(own_state(state["adamw"], self._weights))
         except ValueError as error:
             raise ConfigError(f"the optimizer's state is of other weights: {one_line(error)}") from error
         if self.objective.value_head is not None and state["value_head"] is not None:
@@ -116,18 +126,19 @@ class Optimizer:
         """One update over all micro-batches, and its metrics over all processes."""
         sums: dict[str, float] = defaultdict(float)
         wrong, highest = None, 0.0
+        over = {"num_sequences": totals["sequences"], "num_tokens": totals["tokens"]}
         for number, batch in enumerate(batches):
             with self._modes.seeded(self.config.seed, step, self.accelerator.process_index, number):
-                loss, metrics, before[number] = self.objective.loss(
-                    batch, before.get(number), num_sequences=totals["sequences"], num_tokens=totals["tokens"]
-                )
-                if not loss.isfinite():
-                    wrong = blame(batch, before[number], loss.item())
-                    break
-                loss.backward()  # type: ignore[no-untyped-call]
-            for name, value in metrics.items():
-                sums[name] += value.item()
-            highest = max(highest, metrics["ratio_max"].item())
+                pass_ = partial(self.objective.loss, batch, before.get(number), **over)
+                loss, metrics, before[number] = through(self.policy.model, pass_)
+                counts = batch.members[0].trained
+                if counts and not loss.isfinite():  # other processes go on: they need this one's part of every pass
+                    wrong = wrong or blame(batch, before[number], loss.item())
+                (loss if counts else 0.0 * loss).backward()  # type: ignore[no-untyped-call]
+            if counts:
+                for name, value in metrics.items():
+                    sums[name] += value.item()
+                highest = max(highest, metrics["ratio_max"].item())
         self._agree(wrong, step)
         factor = schedule(step, self.config.steps, self.config.optimizer)
         norm = self._step(step, factor)
@@ -141,11 +152,8 @@ class Optimizer:
 
     def _step(self, step: int, factor: float) -> float:
         """Clip the gradients, summed over processes, and let AdamW move the weights; their norm before that."""
-        if self.accelerator.num_processes > 1:
-            for weight in self._weights:
-                grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad = self.accelerator.reduce(grad, "sum")
-        norm = torch.nn.utils.clip_grad_norm_(self._weights, self.config.optimizer.max_grad_norm).item()
+        self._ranks.sum_gradients(self._weights)
+        norm = clipped(self._weights, self.config.optimizer.max_grad_norm)
         if not math.isfinite(norm):
             self._adamw.zero_grad()
             raise GrapeError(f"step {step}: the norm of the gradient is {norm}: the weights are left as they were")
@@ -155,9 +163,26 @@ class Optimizer:
         self._adamw.zero_grad()
         return norm
 
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        """A step of the objective; what it has left whole of a shared model goes at its end."""
+        through(self.policy.model, self.objective.begin)
+        try:
+            yield
+        finally:
+            for model in (self.policy.model, *self._others):
+                release(model)
+
+    def _blanks(self, count: int) -> list[Batch]:
+        """What this process computes while others have more micro-batches: all take part in every pass."""
+        if not is_shared(self.policy.model):
+            return []
+        most = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "max").item()
+        return [batch for _ in range(most - count) for batch in self.packing.batches([blank(self.policy.pad_id)], 1)]
+
     def _penalised(self, batches: Sequence[Batch]) -> list[Batch]:
         """Eq. 12 with a ratio per sequence: each row's penalty is in its reward before the group's baseline."""
-        penalties = [self.objective.penalties(batch) for batch in batches]
+        penalties = [through(self.policy.model, partial(self.objective.penalties, batch)) for batch in batches]
         flat = torch.cat(penalties).double().cpu().numpy()
         groups = [member.group for batch in batches for member in batch.members]
         gains = torch.from_numpy(advantage(flat, groups, baseline=self.config.advantage.baseline))
@@ -243,6 +268,14 @@ def param_groups(model: Any, value_head: Any, config: RunConfig) -> list[dict[st
     if small:
         raise ValueError(f"weights that are trained must be in float32, not {small.pop()}: small updates would be lost")
     return groups
+
+
+def blank(token: int) -> Member:
+    """A response that counts for nothing."""
+    return Member(
+        response_id="", group="", prompt_ids=(token,), token_ids=(token,), rollout_logprobs=None, advantage=0.0,
+        reward=0.0, trained=False, off_policy=False,
+    )  # fmt: skip
 
 
 def fault(members: Sequence[Member]) -> str | None:

@@ -140,13 +140,16 @@ def read_tokenizer(folder: Path, where: str) -> Any:
     return tokenizer
 
 
-def save_policy(policy: Policy, folder: str | Path) -> None:
-    """Write safetensors and the tokenizer, such that `load_policy` reads them back; with LoRA the adapters only."""
+def save_policy(policy: Policy, folder: str | Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Write safetensors and the tokenizer, such that `load_policy` reads them back; with LoRA the adapters only.
+
+    ``weights`` by name stand for the model's own, where those are not all in this process.
+    """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"{folder}: {error.strerror}") from error
-    policy.model.save_pretrained(str(folder))
+    policy.model.save_pretrained(str(folder), **({} if weights is None else {"state_dict": weights}))
     policy.tokenizer.save_pretrained(str(folder))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from grape.member import Batch
 from grape.policy import Policy, causal_lm, logits
+from grape.shards import through
 
 
 class Reference:
@@ -28,7 +28,9 @@ class Reference:
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """The hidden states N x H before the tokens that count, for `logits`."""
-        with self._model.disable_adapter() if self._own else nullcontext():
+        if not self._own:
+            return through(self._model, partial(batch.text.states, self._model))
+        with self._model.disable_adapter():
             return batch.text.states(self._model)
 
 

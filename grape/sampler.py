@@ -13,6 +13,7 @@ from grape.config import RunConfig
 from grape.policy import Policy
 from grape.ranks import Ranks
 from grape.rollout import Rollout, Sampling, sample
+from grape.shards import whole
 
 Prompts = Sequence[tuple[int, ...]]
 
@@ -51,25 +52,26 @@ class Sampler:
     ) -> list[Rollout]:  # fmt: skip
         """Draw this process's portions, and return the rollouts of the others. Each portion has a seed of its own."""
         mine: list[Rollout] = []
-        for number, (start, end) in enumerate(self.portions(counts)):
-            if number % self.ranks.count != self.ranks.number:
-                continue
+        with whole(self.policy.model):
+            for number, (start, end) in enumerate(self.portions(counts)):
+                if number % self.ranks.count != self.ranks.number:
+                    continue
 
-            def moved(rollout: Rollout, start: int = start) -> None:
-                mine.append(replace(rollout, group=rollout.group + start))
-                if on_response:
-                    on_response(mine[-1])
+                def moved(rollout: Rollout, start: int = start) -> None:
+                    mine.append(replace(rollout, group=rollout.group + start))
+                    if on_response:
+                        on_response(mine[-1])
 
-            with self._accelerator.autocast():
-                sample(
-                    self.policy,
-                    prompts[start:end],
-                    responses=counts[start:end],
-                    max_tokens=self._config.max_tokens,
-                    generator=torch.Generator(device=self.policy.model.device).manual_seed(seeded(*seed, number)),
-                    sampling=Sampling(temperature=0.0, training=False) if greedy else self._sampling,
-                    on_response=moved,
-                )
+                with self._accelerator.autocast():
+                    sample(
+                        self.policy,
+                        prompts[start:end],
+                        responses=counts[start:end],
+                        max_tokens=self._config.max_tokens,
+                        generator=torch.Generator(device=self.policy.model.device).manual_seed(seeded(*seed, number)),
+                        sampling=Sampling(temperature=0.0, training=False) if greedy else self._sampling,
+                        on_response=moved,
+                    )
         everybody = self.ranks.gathered([(self.ranks.number, rollout) for rollout in mine])
         return [rollout for number, rollout in everybody if number != self.ranks.number]
 

@@ -82,11 +82,13 @@ async def train(
     accelerator = make_accelerator(config)
     ranks = Ranks(accelerator)
     if not ranks.leads:
-        (saved,) = ranks.hear()
-        ended: Trained = Learner(config, accelerator, saved).follow()
-        return ended
+        with ranks.together():
+            (saved,) = ranks.hear()
+            ended: Trained = Learner(config, accelerator, saved).follow()
+            return ended
     begun = begin(config, resume=resume, allow_changes=allow_changes)
     async with AsyncExitStack() as stack:
+        stack.enter_context(ranks.together())
         store = stack.enter_context(Log(config.log))
         stack.enter_context(hold(store, begun.name))
         begun = begun.looked_up(resume)
@@ -197,7 +199,7 @@ class Loop:
             self._append(step, update, metrics)
             position, before = step.position, before | metrics
             if self._checkpoints and (number % self._checkpoints.config.every == 0 or number == steps):
-                self._checkpoints.save(number, position, self._learner.policy, self._learner.optimizer.state_dict())
+                self._checkpoints.save(number, position, self._learner.policy, self._learner.state())
             if self.heldout and self._due(number):
                 found = await self.heldout.evaluate(number)
                 metrics |= {f"heldout/{name}": value for name, value in found.items()}

@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "chat", "kl"},
     {"adapters", "cache", "loss"},
     {"policy", "value", "attention"},
-    {"rollout", "logprobs"},
+    {"rollout", "logprobs", "shards"},
     {"member", "modes"},
     {"reference", "ranks", "packing"},
     {"objective", "sampler"},
@@ -43,7 +43,7 @@ LAYERS = [
 TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective"}
 TENSOR |= {"optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
-TENSOR |= {"ranks", "sampler", "learner", "attention", "packing"}
+TENSOR |= {"ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 

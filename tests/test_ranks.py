@@ -46,7 +46,7 @@ def test_two_processes_are_one_run(tmp_path):
             done = launch(path, processes)
             assert done.stdout.count("training  ") == 1  # the leader's table alone
             runs[processes] = folder
-        resumed = launch(tmp_path / "2/run.yaml", 2, "--resume", "steps=4")
+        resumed = launch(tmp_path / "2/run.yaml", 2, "--resume", "steps=4", "policy.shard=true")
     assert "step-000004" in resumed.stderr
     one, two = (load_file(folder / "checkpoints/step-000003/model.safetensors") for folder in runs.values())
     assert all(torch.allclose(one[name], two[name], atol=1e-5, rtol=0) for name in one)
