@@ -111,12 +111,8 @@ def sample(
             on_response(done[place])
 
     def drawn(logits_RV: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        if sampling.temperature == 0:
-            uniform_R = logits_RV.new_zeros(len(numbers))  # none is needed
-        elif isinstance(generator, Sequence):
-            uniform_R = torch.cat([uniform(1, logits_RV.device, generator[number]) for number in numbers])
-        else:
-            uniform_R = uniform(len(numbers), logits_RV.device, generator)
+        likeliest = sampling.temperature == 0  # which takes no random number
+        uniform_R = logits_RV.new_zeros(0) if likeliest else uniform(numbers, logits_RV.device, generator)
         return draw(logits_RV, sampling, uniform_R)
 
     if places:
@@ -208,9 +204,16 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[T
     return ids_BT, attended_BT
 
 
-def uniform(count: int, device: Any, generator: torch.Generator | None) -> Tensor:
-    """Numbers in [0, 1), in float64: in float32 a vocabulary has tokens that none of them would ever meet."""
-    return torch.rand(count, dtype=torch.float64, device=device, generator=generator)
+def uniform(
+    numbers: Sequence[int], device: Any, generator: torch.Generator | Sequence[torch.Generator] | None
+) -> Tensor:
+    """A number in [0, 1) for each of these responses, from its own generator where there are several.
+
+    In float64: in float32 a large vocabulary has tokens that no number would ever meet.
+    """
+    if isinstance(generator, Sequence):
+        return torch.cat([uniform([number], device, generator[number]) for number in numbers])
+    return torch.rand(len(numbers), dtype=torch.float64, device=device, generator=generator)
 
 
 def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(policy):
 def test_only_the_generator_is_drawn_from(policy):
     before = torch.get_rng_state()
     sample(policy, PROMPTS, responses=2, max_tokens=5, generator=seeded())
+    sample(policy, PROMPTS, responses=2, max_tokens=5, sampling=Sampling(temperature=0, training=False))
     assert torch.equal(torch.get_rng_state(), before)
 
 
