@@ -197,11 +197,11 @@ def writing(event, arguments):
     return event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
 
 
-def begun(folder, url, *, tied):
+def begun(folder, url, kind):
     folder.mkdir()
-    tiny_folder(folder / "policy", tied=tied)
+    tiny_folder(folder / "policy", tied=kind != "untied embeddings")
     with chdir(folder):
-        apprentice(Path(), judge=url, **RUN)
+        apprentice(Path(), judge=url, **RUN, policy={"lora": {"r": 4} if kind == "adapters" else None})
         rows = [{"question_id": f"h{n}", "question": f"Write h{n}.", "category": "letters"} for n in range(3)]
         Path("heldout.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder
@@ -213,12 +213,13 @@ def metrics(folder, run="not like '%.heldout'"):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_shared_run_is_the_run_of_one_process_and_either_goes_on_as_the_other(tmp_path, tied):
+@pytest.mark.parametrize(
+    ("kind", "first", "then"), [("tied embeddings", 2, 1), ("untied embeddings", 1, 3), ("adapters", 2, 1)]
+)
+def test_a_shared_run_is_the_run_of_one_process_and_either_goes_on_as_the_other(tmp_path, kind, first, then):
     with JudgeServer(fair) as server:
-        one, two = (begun(tmp_path / name, server.url, tied=tied) for name in ("one", "two"))
+        one, two = (begun(tmp_path / name, server.url, kind) for name in ("one", "two"))
         ranks.live(1, train, one, (), {})
-        first, then = (2, 1) if tied else (1, 3)
         ranks.live(first, train, two, ("steps=3", f"policy.shard={first > 1}"), {})
         ranks.live(then, train, two, (f"policy.shard={then > 1}",), {"resume": True})
     ours, theirs = metrics(one), metrics(two)
@@ -227,10 +228,17 @@ def test_a_shared_run_is_the_run_of_one_process_and_either_goes_on_as_the_other(
         assert wanted.keys() == theirs[step].keys()
         for name in wanted.keys() - {"seconds", "computed"}:
             assert theirs[step][name] == pytest.approx(wanted[name], abs=1e-5, rel=1e-5), (step, name)
-        weights, others = (load_file(f / f"checkpoints/step-{step:06d}/model.safetensors") for f in (one, two))
-        assert weights.keys() == others.keys()
-        for name, weight in weights.items():
-            torch.testing.assert_close(others[name], weight, rtol=0, atol=1e-5, msg=name)
+        names = [path.name for path in sorted((one / f"checkpoints/step-{step:06d}").iterdir())]
+        assert names == [path.name for path in sorted((two / f"checkpoints/step-{step:06d}").iterdir())]
+        for name in names:
+            ours_, theirs_ = (folder / f"checkpoints/step-{step:06d}" / name for folder in (one, two))
+            if name.endswith(".safetensors"):
+                weights, others = load_file(ours_), load_file(theirs_)
+                assert weights.keys() == others.keys()
+                for weight, value in weights.items():
+                    torch.testing.assert_close(others[weight], value, rtol=0, atol=1e-5, msg=weight)
+            elif name.endswith(".json"):
+                assert ours_.read_text() == theirs_.read_text()
     heldout = "like '%.heldout'"
     assert metrics(one, heldout).keys() == metrics(two, heldout).keys() - {3} == {0, 2, 4}
     assert metrics(two, heldout)[4]["weighted/mean"] == pytest.approx(metrics(one, heldout)[4]["weighted/mean"])
@@ -262,15 +270,16 @@ def command(folder):
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_run_in_one_line(tmp_path):
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_is_killed_ends_the_run_in_one_line(tmp_path, victim):
     with JudgeServer(fair) as server:
-        folder = begun(tmp_path / "run", server.url, tied=True)
-        leader, follower = ranks.begin(2, command, folder)
+        folder = begun(tmp_path / "run", server.url, "tied embeddings")
+        both = ranks.begin(2, command, folder)
         wait_for((folder / "checkpoints/step-000002").exists, 120)
-        os.kill(follower.pid, signal.SIGKILL)
-        leader.join(60)
-    assert leader.exitcode == 1
-    told = (folder / "stderr-0.txt").read_text()
+        os.kill(both[victim].pid, signal.SIGKILL)
+        both[1 - victim].join(60)
+    assert both[1 - victim].exitcode == 1
+    told = (folder / f"stderr-{1 - victim}.txt").read_text()
     assert told.splitlines()[-1].startswith("grape: another process of the run has ended: ")
     assert "Traceback" not in told
 
