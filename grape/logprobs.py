@@ -1,34 +1,20 @@
-"""Log-probabilities of the tokens of responses, without ever making all logits; and rows cut into micro-batches."""
+"""Log-probabilities of the tokens of responses, and rows cut into micro-batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from grape.kl import full_kl
+from grape.head import token_logprobs
 from grape.policy import hidden_states, logits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Other:
-    """Another model at the same N tokens, a constant: its states, and what makes logits of them.
-
-    The exact KL is KL(policy || other), or KL(other || policy) with ``first``.
-    """
-
-    states_NH: Tensor
-    logits: Callable[[Tensor], Tensor]
-    first: bool = False
-
-
 def response_logprobs(
-    model: Any, ids_BT: Tensor, attended_BT: Tensor, mask_BT: Tensor, *, entropy: bool = False, chunk: int = 256
+    model: Any, ids_BT: Tensor, attended_BT: Tensor, mask_BT: Tensor, *, entropy: bool = False, chunk: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probabilities (natural, temperature 1) of the tokens under ``mask_BT``, and the entropies before them.
 
@@ -53,45 +39,6 @@ def response_states(model: Any, ids_BT: Tensor, attended_BT: Tensor, mask_BT: Te
         raise ValueError("mask_BT counts padding or the first token of a row")
     states_BTH: Tensor = hidden_states(model, ids_BT, attended_BT, use_cache=False).last_hidden_state
     return states_BTH[:, :-1][mask_BT[:, 1:]]
-
-
-def token_logprobs(
-    head: Callable[[Tensor], Tensor],
-    states_NH: Tensor,
-    labels_N: Tensor,
-    *,
-    entropy: bool = False,
-    other: Other | None = None,
-    chunk: int = 256,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens' log-probabilities, the entropies and the exact KLs to ``other``: N each, or empty if not asked for.
-
-    ``head`` makes logits of states. Only ``chunk`` tokens have logits at a time, in the backward pass too, where they
-    are computed anew: the largest tensor is chunk x V, never N x V.
-    """
-
-    def piece(states_CH: Tensor, labels_C: Tensor, other_CH: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        logits_CV = head(states_CH)
-        norm_C = logits_CV.logsumexp(-1)
-        logprobs_C = logits_CV.gather(-1, labels_C[:, None]).squeeze(-1) - norm_C
-        entropy_C = kl_C = logprobs_C.new_zeros(0)
-        if entropy:
-            finite_CV = logits_CV.clamp(min=torch.finfo(logits_CV.dtype).min)  # 0 x -inf is no number
-            entropy_C = norm_C - ((logits_CV - norm_C[:, None]).exp() * finite_CV).sum(-1)
-        if other is not None and other_CH is not None:
-            with torch.no_grad():
-                other_CV = other.logits(other_CH).log_softmax(-1)
-            pair = (logits_CV - norm_C[:, None], other_CV)
-            kl_C = full_kl(*reversed(pair)) if other.first else full_kl(*pair)
-        return logprobs_C, entropy_C, kl_C
-
-    pieces = []
-    for start in range(0, max(1, len(labels_N)), chunk):  # one empty piece where nothing counts
-        at = slice(start, start + chunk)
-        other_CH = None if other is None else other.states_NH[at]
-        pieces.append(checkpoint(piece, states_NH[at], labels_N[at], other_CH, use_reentrant=False))
-    logprobs_N, entropy_N, kl_N = (torch.cat(values) for values in zip(*pieces, strict=True))
-    return logprobs_N, entropy_N, kl_N
 
 
 def scattered(values_N: Tensor, mask_BT: Tensor) -> Tensor:

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from grape.config import RunConfig
+from grape.head import Other, token_logprobs
 from grape.kl import reward_kl
-from grape.logprobs import Other, scattered, token_logprobs
+from grape.logprobs import scattered
 from grape.loss import PER_SEQUENCE, Metrics, policy_loss, trpo_loss
 from grape.member import Batch
 from grape.policy import Policy, causal_lm, logits

@@ -178,14 +178,17 @@ def logits(model: Any, hidden_NH: Tensor, head: Any = None) -> Tensor:
     model = causal_lm(model)
     logits_NV: Tensor = (head or model.get_output_embeddings())(hidden_NH)
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
-    config = model.config.get_text_config()
-    if divisor := getattr(config, "logits_scaling", None):  # Granite
-        logits_NV = logits_NV / divisor
-    if factor := getattr(config, "logit_scale", None):  # Cohere
+    factor, cap = logit_scaling(model)
+    if factor != 1:
         logits_NV = logits_NV * factor
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-        logits_NV = cap * torch.tanh(logits_NV / cap)
-    return logits_NV
+    return cap * torch.tanh(logits_NV / cap) if cap else logits_NV
+
+
+def logit_scaling(model: Any) -> tuple[float, float | None]:
+    """What the logits of a model's head are multiplied by, and what they are then capped at, as its config says."""
+    config = causal_lm(model).config.get_text_config()
+    granite, cohere = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+    return (cohere or 1.0) / (granite or 1.0), getattr(config, "final_logit_softcapping", None)  # the cap: Gemma
 
 
 @torch.no_grad()

@@ -15,8 +15,9 @@ LAYERS = [
     {"errors", "types", "reward"},
     {"resources", "scale", "sandbox"},
     {"config", "chat", "kl"},
-    {"adapters", "cache", "loss"},
+    {"adapters", "cache", "linear_head", "loss"},
     {"policy", "value", "attention"},
+    {"head"},
     {"rollout", "logprobs", "shards"},
     {"member", "modes"},
     {"reference", "ranks", "packing"},
@@ -41,7 +42,7 @@ LAYERS = [
 ]
 # the half that needs torch
 TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective"}
-TENSOR |= {"optimize", "policy", "reference", "rollout", "value"}
+TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
 TENSOR |= {"ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}

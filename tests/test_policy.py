@@ -74,7 +74,7 @@ def test_logprobs_entropies_and_gradients_are_those_of_the_full_logits(kind, con
     assert ours.keys() == theirs.keys()
     for name, grad in theirs.items():
         scale = max(1.0, grad.abs().max().item())
-        torch.testing.assert_close(ours[name] / scale, grad / scale, rtol=0, atol=1e-6, msg=name)
+        torch.testing.assert_close(ours[name] / scale, grad / scale, rtol=0, atol=2e-6, msg=name)
 
 
 def test_in_double_precision_they_are_equal_to_twelve_digits():
