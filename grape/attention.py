@@ -20,7 +20,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 NAME = "grape"
-UNKNOWN = ("softcap", "s_aux", "position_bias", "cache")  # arguments of other attentions, which this one has not
+KNOWN = ("sliding_window", "dropout", "position_ids", "use_cache")  # arguments that are heeded, or change nothing here
 
 flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -78,9 +78,12 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """The outputs 1 x T x heads x D of queries (1 x heads x T x D) as ``packed`` says; keys may have fewer heads.
 
-    Raises NotImplementedError for what other attentions can do and this one cannot: a window shorter than a row, too.
+    Raises NotImplementedError for what other attentions can do and this one cannot: a window shorter than a row, too,
+    and a mask, which only a model that chooses keys by rules of its own still makes.
     """
-    if asked := [name for name in UNKNOWN if options.get(name) is not None]:
+    if attention_mask is not None:
+        raise NotImplementedError("packed attention has no mask")
+    if asked := [name for name, value in options.items() if not (name in KNOWN or value is None or value is False)]:
         raise NotImplementedError(f"packed attention has no {', '.join(asked)}")
     if (options.get("sliding_window") or packed.longest) < packed.longest:
         raise NotImplementedError(f"packed attention has no window: of {packed.longest} tokens all are seen")

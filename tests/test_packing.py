@@ -132,6 +132,10 @@ def test_the_rows_for_a_varlen_kernel_are_those_of_the_joined_parts():
     ("bloom", {}, False),  # tells positions by the mask
     ("lfm2", {"layer_types": ["conv", "full_attention"]}, False),  # a convolution runs on into the next row
     ("mistral", {"sliding_window": 4}, False),  # sees less than a row
+    ("minimax_m3_vl_text", {
+        "layer_types": ["minimax_m3_sparse", "full_attention"], "index_n_heads": 2, "index_head_dim": 16,
+        "num_local_experts": 2, "num_experts_per_tok": 1,
+    }, False),  # sees chosen keys of a row that is longer than these
 ])  # fmt: skip
 def test_which_models_take_packed_rows(kind, options, expected):
     assert packs(tiny_model(kind, **options)) is expected
@@ -267,5 +271,9 @@ def test_lora_and_its_dropout_pass_through():
 def test_nothing_that_attention_cannot_do_passes_unseen():
     states = torch.zeros(1, 2, 3, 4)
     blocks = Blocks(own=((0, 3),), shared=())
-    with pytest.raises(NotImplementedError, match="packed attention has no softcap"):
-        packed_attention(torch.nn.Identity(), states, states, states, None, packed=blocks, softcap=30.0)
+    with pytest.raises(NotImplementedError, match="packed attention has no softcap, indices"):
+        packed_attention(
+            torch.nn.Identity(), states, states, states, None, packed=blocks, softcap=30.0, indices=states, rest=None
+        )
+    with pytest.raises(NotImplementedError, match="packed attention has no mask"):
+        packed_attention(torch.nn.Identity(), states, states, states, torch.zeros(1, 1, 3, 3), packed=blocks)
