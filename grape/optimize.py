@@ -84,7 +84,7 @@ class Optimizer:
         before: dict[int, Before] = {}
         with self._modes.training(), self.packing.on(*self._others), self._gathered():
             if batches and self.config.loss.kl == "reward" and self.objective.per_sequence:
-                batches = self._penalised(batches)
+                batches = self._penalised(batches, step)
             for _ in range(self.config.optimizer.epochs):
                 epochs.append(self._epoch(batches, before, totals, step))
         metrics = {name: sum(epoch[name] for epoch in epochs) / len(epochs) for name in epochs[0]}
@@ -180,9 +180,12 @@ class Optimizer:
         most = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device), "max").item()
         return [batch for _ in range(most - count) for batch in self.packing.batches([blank(self.policy.pad_id)], 1)]
 
-    def _penalised(self, batches: Sequence[Batch]) -> list[Batch]:
+    def _penalised(self, batches: Sequence[Batch], step: int) -> list[Batch]:
         """Eq. 12 with a ratio per sequence: each row's penalty is in its reward before the group's baseline."""
-        penalties = [through(self.policy.model, partial(self.objective.penalties, batch)) for batch in batches]
+        penalties = []
+        for number, batch in enumerate(batches):
+            with self._modes.seeded(self.config.seed, step, self.accelerator.process_index, number):
+                penalties.append(through(self.policy.model, partial(self.objective.penalties, batch)))
         flat = torch.cat(penalties).double().cpu().numpy()
         groups = [member.group for batch in batches for member in batch.members]
         gains = torch.from_numpy(advantage(flat, groups, baseline=self.config.advantage.baseline))

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
+from grape.adapters import add_lora
 from grape.config import Lora, OptimizerConfig, parse_run
 from grape.errors import ConfigError, GrapeError
 from grape.logprobs import response_logprobs
@@ -668,6 +669,21 @@ def test_the_dropout_of_adapters_is_drawn_from_seed_and_step(tmp_path):
 
     assert trained(1, 1) == trained(1, 1)
     assert len({trained(1, 1), trained(2, 1), trained(1, 2), trained(1, 1, dropout=0.0)}) == 4
+
+
+def test_penalties_in_the_rewards_of_sequences_see_the_dropout_of_the_update():
+    """It is drawn from the seed and the step, whatever was drawn before, so that a run that goes on does as well."""
+
+    def trained(drawn):
+        model = add_lora(tiny_model("gpt_neox"), Lora(r=2, dropout=0.5), seed=3)
+        for name, weight in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.constant_(weight, 0.02)
+        loss = {"kl": "reward", "kl_coef": 0.5, "ratio": "sequence-mean"}
+        torch.manual_seed(drawn)
+        return optimizer_of(policy_of(model), run_config(loss=loss, optimizer=SHARP)).update(some(), 1).metrics
+
+    assert trained(0) == trained(1)
 
 
 def parts():
