@@ -124,7 +124,7 @@ def test_two_processes_share_the_policy_and_learn_what_one_learns(tmp_path):
             for one, update in zip(found["metrics"], wanted, strict=True):
                 assert one.keys() == update.metrics.keys()
                 for name in one.keys() - {"computed"}:
-                    near = pytest.approx(update.metrics[name], abs=1e-9 if exact else 1e-3, rel=1e-9 if exact else 1e-3)
+                    near = pytest.approx(update.metrics[name], abs=1e-9 if exact else 1e-2, rel=1e-9 if exact else 1e-2)
                     assert one[name] == near, (case, name)
             if exact:
                 named = dict(optimizer.policy.model.named_parameters(remove_duplicate=False))
