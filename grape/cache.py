@@ -1,4 +1,4 @@
-"""What a model remembers of the rows that are being sampled: keys and values that stay where they were written.
+"""Rows that are being sampled, and what the model remembers of them: keys and values that stay where they were written.
 
 transformers' own cache makes all keys and values anew for every token, which takes longer than the token itself.
 """
@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+
+from grape.policy import Policy, hidden_states, step
 
 FIRST = 128  # tokens after the prompt that there is room for at first; then half as many again as there are
 
@@ -58,30 +60,66 @@ class Held(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own
         return buffer
 
 
-def share_out(cache: Any, rows_R: Tensor, limit: int) -> None:
-    """Give each of R rows the cache of one of the prompts, with room for ``limit`` tokens, prompt and response.
+class Rows:
+    """R texts that go on from Q prompts, token by token: ``state_RH`` are the last hidden states of all.
 
-    Layers that see all tokens hold them in place; those of another kind (a window, a state) stay transformers' own.
+    Each prompt is computed once, and each row begins with the cache of one of them. Layers that see all tokens hold
+    them in place; those of another kind (a window, a state) stay transformers' own.
     """
-    for number, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:
-            cache.layers[number] = Held(layer, rows_R, limit)
-        else:
-            layer.batch_select_indices(rows_R)
+
+    state_RH: Tensor
+
+    def __init__(self, policy: Policy, prompts: Sequence[Sequence[int]], rows: Sequence[int], more: int) -> None:
+        """Row by row the place of its prompt; ``more`` tokens may come."""
+        self._model = policy.model
+        ids_QP, attended_QP = pad_left(prompts, policy.pad_id, self._model.device)
+        out = hidden_states(self._model, ids_QP, attended_QP, use_cache=True)
+        rows_R = self._tensor(rows)
+        self.state_RH = out.last_hidden_state[rows_R, -1]
+        self._cache, self._width = out.past_key_values, ids_QP.shape[1]
+        for number, layer in enumerate(self._cache.layers):
+            if type(layer) is DynamicLayer:
+                self._cache.layers[number] = Held(layer, rows_R, self._width + more)
+            else:
+                layer.batch_select_indices(rows_R)
+        attended_RP = attended_QP[rows_R]
+        self._positions_R1 = attended_RP.sum(1, keepdim=True)
+        self._mask: Tensor | None = None  # nothing is masked where the prompts are of one length
+        if len(set(map(len, prompts))) > 1:
+            mask_RT = torch.nn.functional.pad(attended_RP, (0, more), value=True)  # a step takes what is there of it
+            self._mask = mask_RT[:, None, None] if policy.takes_masks else mask_RT.long()
+
+    def step(self, ids_R: Tensor) -> None:
+        """One more token for each row."""
+        self._width += 1
+        mask = None if self._mask is None else self._mask[..., : self._width]
+        self.state_RH = step(self._model, ids_R, mask, self._positions_R1, self._cache)
+        self._positions_R1 = self._positions_R1 + 1
+
+    def keep(self, rows: Sequence[int]) -> tuple[list[int], Tensor]:
+        """Let go of all rows but these, ascending; the last of them take the places of those that go. The new order."""
+        count, kept = len(rows), set(rows)
+        holes = [row for row in range(count) if row not in kept]
+        moves = dict(zip(holes, (row for row in rows if row >= count), strict=True))
+        order = [moves.get(row, row) for row in range(count)]
+        to_M, from_M = self._tensor([*moves, *moves.values()]).view(2, len(moves))
+        order_R = self._tensor(order)
+        for layer in self._cache.layers:
+            if isinstance(layer, Held):
+                layer.move(to_M, from_M, count)
+            else:
+                layer.batch_select_indices(order_R)
+        self._positions_R1 = self._positions_R1[order_R]
+        self._mask = None if self._mask is None else self._mask[order_R]
+        return order, order_R
+
+    def _tensor(self, numbers: Sequence[int]) -> Tensor:
+        return torch.tensor(numbers, dtype=torch.long, device=self._model.device)
 
 
-def keep(cache: Any, rows: Sequence[int], device: Any) -> tuple[list[int], Tensor]:
-    """Let go of all rows but these; the last of them take the places of those that go. The rows in their new order."""
-    count, kept = len(rows), set(rows)
-    holes = [row for row in range(count) if row not in kept]
-    moves = list(zip(holes, sorted(row for row in rows if row >= count), strict=True))
-    to_M, from_M = torch.tensor(moves, dtype=torch.long, device=device).reshape(-1, 2).T
-    order_R = torch.arange(count, device=device)
-    order_R[to_M] = from_M
-    for layer in cache.layers:
-        if isinstance(layer, Held):
-            layer.move(to_M, from_M, count)
-        else:
-            layer.batch_select_indices(order_R)
-    order = dict(moves)
-    return [order.get(row, row) for row in range(count)], order_R
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
+    """The rows as one tensor that ends with each row's last token, and where they are tokens."""
+    width = max(map(len, rows))
+    ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
+    attended_BT = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
+    return ids_BT, attended_BT

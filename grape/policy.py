@@ -6,6 +6,7 @@ under the padding changes no number.
 
 from __future__ import annotations
 
+import copy
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicLayer
 from transformers.utils import logging as told
 
 from grape.adapters import adapter_base, add_lora, read_adapters
@@ -33,13 +35,15 @@ class Policy:
     """A causal LM (or its PEFT wrapper) and its tokenizer; both are of transformers, which is typed loosely.
 
     ``stop_ids`` end a response: the tokenizer's EOS and those of the model's generation config, of which nothing else
-    is used. ``pad_id`` only fills space.
+    is used. ``pad_id`` only fills space. ``takes_masks`` says that a step of sampling may give the model the mask of
+    its attention, R x 1 x 1 x T, in place of what it would make that of, token by token.
     """
 
     model: Any
     tokenizer: Any
     stop_ids: tuple[int, ...]
     pad_id: int
+    takes_masks: bool = False
 
 
 def folder_of(model: str, *, where: str, local_only: bool = False) -> Path:
@@ -89,13 +93,16 @@ def load_policy(
     rows = loaded.get_input_embeddings().weight.shape[0]
     if (size := max(max(tokenizer.get_vocab().values()), *stop_ids) + 1) > rows:
         raise ConfigError(f"{where}: {model}: the tokenizer has {size} tokens, the model {rows}")
-    check_architecture(loaded, f"{where}: {model}")
+    takes_masks = check_architecture(loaded, f"{where}: {model}")
     if adapters:
         loaded = read_adapters(loaded, adapters, where)
     elif lora:
         loaded = add_lora(loaded, lora, seed)
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Policy(model=loaded.eval().to(device), tokenizer=tokenizer, stop_ids=tuple(sorted(stop_ids)), pad_id=pad_id)
+    return Policy(
+        model=loaded.eval().to(device), tokenizer=tokenizer, stop_ids=tuple(sorted(stop_ids)), pad_id=pad_id,
+        takes_masks=takes_masks,
+    )  # fmt: skip
 
 
 def read_model(folder: Path, dtype: Dtype, where: str) -> Any:
@@ -165,6 +172,19 @@ def hidden_states(model: Any, ids_BT: Tensor, attended_BT: Tensor, **kwargs: Any
     )
 
 
+def step(model: Any, ids_R: Tensor, mask: Tensor | None, positions_R1: Tensor, cache: Any) -> Tensor:
+    """The last hidden states R x H of one more token for each row.
+
+    ``mask`` is R x T as in `hidden_states`, the new tokens included, or what a model `takes_masks` of; None where there
+    is no padding.
+    """
+    out = causal_lm(model).base_model(
+        input_ids=ids_R[:, None], attention_mask=mask, position_ids=positions_R1, past_key_values=cache, use_cache=True
+    )
+    states_RH: Tensor = out.last_hidden_state[:, -1]
+    return states_RH
+
+
 def causal_lm(model: Any) -> Any:
     """The model of transformers inside a PEFT wrapper; the adapters stay in its layers."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -192,8 +212,11 @@ def logit_scaling(model: Any) -> tuple[float, float | None]:
 
 
 @torch.no_grad()
-def check_architecture(model: Any, where: str) -> None:
-    """Refuse a model that padding, the cache or `logits` would make wrong, by four tokens done in two ways."""
+def check_architecture(model: Any, where: str) -> bool:
+    """Refuse a model that padding, the cache or `logits` would make wrong, by four tokens done in two ways.
+
+    Whether it `takes_masks`, by the last token done in a third.
+    """
     ids_BT = torch.arange(4, device=model.device).remainder(model.get_input_embeddings().weight.shape[0])[None]
     padded_BT, attended_BT = ids_BT[:, [0, 0, 0, 1, 2]], torch.tensor([[0, 0, 1, 1, 1]], device=model.device)
     try:
@@ -201,9 +224,19 @@ def check_architecture(model: Any, where: str) -> None:
         cache = hidden_states(model, padded_BT, attended_BT, use_cache=True).past_key_values
         cache.batch_select_indices(torch.tensor([0, 0], device=model.device))
         next_BT = torch.cat([attended_BT, torch.ones_like(attended_BT[:, :1])], dim=1).repeat(2, 1)
+        again = copy.deepcopy(cache)
         last = hidden_states(model, ids_BT[:, 3:].repeat(2, 1), next_BT, past_key_values=cache, use_cache=True)
         ours_V = logits(model, last.last_hidden_state[1, -1:])[0]
     except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         raise ConfigError(f"{where}: {type(model).__name__} is not supported: {one_line(error)}") from error
     if ours_V.shape != theirs_V.shape or (ours_V - theirs_V).norm() > 0.1 * theirs_V.std() * len(theirs_V) ** 0.5:
         raise ConfigError(f"{where}: {type(model).__name__} is not supported: its logits depend on padding or scaling")
+    whole = model.config._attn_implementation == "sdpa" and all(type(layer) is DynamicLayer for layer in again.layers)
+    if not whole:  # one mask is not for all layers, or no mask like this is for any
+        return False
+    mask_B11T, position_B1 = next_BT.bool()[:, None, None], next_BT.sum(1, keepdim=True) - 1
+    try:
+        masked = step(model, ids_BT[0, 3:].repeat(2), mask_B11T, position_B1, again)
+    except (AttributeError, TypeError, ValueError, RuntimeError, NotImplementedError):
+        return False
+    return torch.equal(masked, last.last_hidden_state[:, -1])

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from grape.cache import keep, share_out
+from grape.cache import Rows
 from grape.errors import ConfigError, GrapeError
-from grape.policy import Policy, causal_lm, hidden_states, logits
+from grape.policy import Policy, causal_lm, logits
 
 Finish = Literal["stop", "length"]
 
@@ -165,18 +165,13 @@ def decode(
     finish: Callable[[tuple[int, int], list[int], list[float], Finish], None],
 ) -> None:
     """The loop over tokens: R rows are alive; Q prompts are computed first and shared out."""
-    device = policy.model.device
     groups = sorted({group for group, _ in places})  # a prompt without responses is not computed
-    ids_QP, attended_QP = pad_left([prompts[group] for group in groups], policy.pad_id, device)
-    out = hidden_states(policy.model, ids_QP, attended_QP, use_cache=True)
-    cache = out.past_key_values
-    rows_R = torch.tensor([groups.index(group) for group, _ in places], device=device)
-    share_out(cache, rows_R, ids_QP.shape[1] + max_tokens)
-    attended_RT, state_RH = attended_QP[rows_R], out.last_hidden_state[rows_R, -1]
+    prompt = {group: number for number, group in enumerate(groups)}
+    rows = Rows(policy, [prompts[group] for group in groups], [prompt[group] for group, _ in places], max_tokens)
     said = [(list[int](), list[float]()) for _ in places]
     alive = list(range(len(places)))  # the place of each row
     while alive:
-        tokens_R, logprobs_R = draw(logits(policy.model, state_RH), alive)
+        tokens_R, logprobs_R = draw(logits(policy.model, rows.state_RH), alive)
         going = []
         for row, (number, token, logprob) in enumerate(zip(alive, *on_host(tokens_R, logprobs_R), strict=True)):
             tokens, logprobs = said[number]
@@ -187,21 +182,11 @@ def decode(
             else:
                 going.append(row)
         if 0 < len(going) < len(alive):
-            going, going_R = keep(cache, going, device)
-            attended_RT, tokens_R = attended_RT[going_R], tokens_R[going_R]
+            going, going_R = rows.keep(going)
+            tokens_R = tokens_R[going_R]
         alive = [alive[row] for row in going]
         if alive:
-            attended_RT = torch.cat([attended_RT, attended_RT.new_ones(len(alive), 1)], dim=1)
-            out = hidden_states(policy.model, tokens_R[:, None], attended_RT, past_key_values=cache, use_cache=True)
-            state_RH = out.last_hidden_state[:, -1]
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: Any) -> tuple[Tensor, Tensor]:
-    """The rows as one tensor that ends with each row's last token, and where they are tokens."""
-    width = max(map(len, rows))
-    ids_BT = torch.tensor([[pad_id] * (width - len(row)) + list(row) for row in rows], device=device)
-    attended_BT = torch.tensor([[False] * (width - len(row)) + [True] * len(row) for row in rows], device=device)
-    return ids_BT, attended_BT
+            rows.step(tokens_R)
 
 
 def uniform(

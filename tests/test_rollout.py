@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 import queue
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny import tiny_policy
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicLayer
 
-from grape.cache import keep, share_out
+from grape.cache import Held, Rows
 from grape.errors import ConfigError, GrapeError
 from grape.logprobs import pad, response_logprobs
-from grape.policy import load_policy, save_policy
+from grape.policy import hidden_states, load_policy, save_policy
 from grape.rollout import Rollout, Sampling, draw, sample, truncate
 
 PROMPTS = [[20, 21, 22, 23, 24, 25], [30], [40, 41, 42]]
@@ -275,29 +276,52 @@ def test_no_token_is_too_rare_for_a_uniform_number():
     assert steps.min() >= 6 and steps.max() <= 7  # 1e-7 of the distribution each
 
 
-def test_the_cache_that_stays_in_place_holds_what_transformers_own_holds():
+def test_keys_and_values_that_stay_in_place_are_those_of_transformers_own_cache():
     generator = seeded(4)
-    plain, cache = DynamicLayer(), DynamicCache()
+    plain = DynamicLayer()
     plain.update(*torch.randn(2, 3, 2, 5, 4, generator=generator))
-    cache.update(plain.keys, plain.values, 0)
-    rows_R = torch.tensor([0, 0, 1, 2, 2, 2])
+    rows_R, places = torch.tensor([0, 0, 1, 2, 2, 2]), set()
+    held = Held(plain, rows_R, 405)
     plain.batch_select_indices(rows_R)
-    share_out(cache, rows_R, 5 + 400)
-    places = set()
-    moments = {7: [0, 2, 3, 5], 9: [0, 1, 2], 150: [1, 2], 390: [0]}  # a hole, the last, the first, all but the first
+    moments = {7: ([1, 3], [4, 5], [0, 4, 2, 5]), 9: ([], [], [0, 1, 2]), 150: ([0], [2], [2, 1]), 390: ([0], [1], [1])}
     for moment in range(400):
         if moment in moments:
-            order, order_R = keep(cache, moments[moment], "cpu")
-            assert sorted(order) != order or order == list(range(len(order)))
-            assert {*moments[moment]} == {*order} == {*order_R.tolist()}
-            plain.batch_select_indices(order_R)
+            to, of, order = moments[moment]
+            held.move(torch.tensor(to, dtype=torch.long), torch.tensor(of, dtype=torch.long), len(order))
+            plain.batch_select_indices(torch.tensor(order))
         new = torch.randn(2, len(plain.keys), 2, 1, 4, generator=generator)
-        wanted, found = plain.update(*new), cache.update(*new, 0)
+        wanted, found = plain.update(*new), held.update(*new)
         assert all(map(torch.equal, found, wanted))
         places.add(found[0].data_ptr())
-    assert cache.get_seq_length() == 405
+    assert held.get_seq_length() == 405
     assert len(places) <= 4  # of 400 tokens
     assert found[0].untyped_storage().size() == 4 * 2 * 2 * 405 * 4  # the limit, and the rows that were there last time
+
+
+@pytest.mark.parametrize(("which", "takes_masks"), [("policy", True), ("policy", False), ("windowed", False)])
+@pytest.mark.parametrize("prompts", [PROMPTS, [[7, 8], [9, 10], [11, 12]]])  # with padding and without
+def test_rows_go_on_as_each_would_alone(which, takes_masks, prompts, request):
+    policy = request.getfixturevalue(which)
+    assert policy.takes_masks == (which == "policy")  # a window has a mask of its own
+    generator, places = seeded(8), [0, 0, 1, 2, 2, 2]
+    with torch.no_grad():
+        rows = Rows(replace(policy, takes_masks=takes_masks), prompts, places, 140)
+        texts = [list(prompts[place]) for place in places]
+        moments = {3: [0, 2, 3, 5], 5: [0, 1, 2], 20: [1, 2], 135: [1]}  # holes, the last, the first, the last but one
+        for moment in range(139):
+            if moment in moments:
+                order, order_R = rows.keep(moments[moment])
+                assert sorted(order) == moments[moment]
+                assert order_R.tolist() == order
+                texts = [texts[row] for row in order]
+            ids_R = torch.randint(3, 90, (len(texts),), generator=generator)
+            rows.step(ids_R)
+            texts = [[*text, token] for text, token in zip(texts, ids_R.tolist(), strict=True)]
+            if moment in (0, 3, 4, 6, 25, 137, 138):
+                for text, state_H in zip(texts, rows.state_RH, strict=True):
+                    ids_BT = torch.tensor([text])
+                    alone = hidden_states(policy.model, ids_BT, torch.ones_like(ids_BT)).last_hidden_state[0, -1]
+                    torch.testing.assert_close(state_H, alone, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(
