@@ -17,6 +17,7 @@ from torch import Tensor
 from grape.config import RunConfig
 from grape.head import Other, token_logprobs
 from grape.kl import reward_kl
+from grape.linear_head import Slopes
 from grape.logprobs import scattered
 from grape.loss import PER_SEQUENCE, Metrics, policy_loss, trpo_loss
 from grape.member import Batch
@@ -62,24 +63,26 @@ class Objective:
         self, batch: Batch, before: Before | None, *, num_sequences: int, num_tokens: int
     ) -> tuple[Tensor, Metrics, Before]:
         """The loss of a micro-batch, its metrics, and what it was before the first update, to hand in from then on."""
-        with self.autocast():
-            ref_BT, other = self._constants(batch) if before is None else (before.ref_BT, before.other)
-            states_NH = batch.text.states(self.model)
-            if before is None and self.config.loss.kl == "trpo":
-                head = partial(logits, self.model, head=self._old_head)
-                other = Other(states_NH=states_NH.detach(), logits=head, first=True)
-            values = token_logprobs(self._logits, states_NH, batch.labels_N, entropy=True, other=other)
-        logprobs_BT, entropy_BT = (scattered(values_N, batch.mask_BT) for values_N in values[:2])
-        kl_BT = None if other is None else scattered(values[2], batch.mask_BT)
-        value_BT = self._values(states_NH, batch)
-        old_BT = before.logprobs_BT if before else None  # None: the ratio is 1, and the gradient -A grad log pi
-        before = before or self._before(batch, logprobs_BT.detach(), ref_BT, other, value_BT)
         totals: dict[str, Any] = {
             "aggregate": self.config.loss.aggregate,
             "norm_length": self.config.loss.norm_length,
             "num_sequences": num_sequences,
             "num_tokens": num_tokens,
         }
+        with self.autocast():
+            ref_BT, other = self._constants(batch) if before is None else (before.ref_BT, before.other)
+            states_NH = batch.text.states(self.model)
+            if before is None and self.config.loss.kl == "trpo":
+                head = partial(logits, self.model, head=self._old_head)
+                other = Other(states_NH=states_NH.detach(), logits=head, first=True)
+        value_BT = self._values(states_NH, batch)
+        slopes = self._slopes(batch, before, ref_BT, value_BT, totals)
+        with self.autocast():
+            values = token_logprobs(self._logits, states_NH, batch.labels_N, entropy=True, other=other, slopes=slopes)
+        logprobs_BT, entropy_BT = (scattered(values_N, batch.mask_BT) for values_N in values[:2])
+        kl_BT = None if other is None else scattered(values[2], batch.mask_BT)
+        old_BT = before.logprobs_BT if before else None  # None: the ratio is 1, and the gradient -A grad log pi
+        before = before or self._before(batch, logprobs_BT.detach(), ref_BT, other, value_BT)
         loss, metrics = self._policy_loss(batch, before, logprobs_BT, old_BT, entropy_BT, kl_BT, totals)
         if (value := self.config.value) and value_BT is not None and before.return_BT is not None:
             error, of_value = value_loss(
@@ -87,6 +90,40 @@ class Objective:
             )
             loss, metrics = loss + value.coef * error, metrics | of_value
         return loss, metrics | {"loss": loss.detach()}, before
+
+    def _slopes(
+        self,
+        batch: Batch,
+        before: Before | None,
+        ref_BT: Tensor | None,
+        value_BT: Tensor | None,
+        totals: dict[str, Any],
+    ) -> Slopes | None:
+        """The loss's gradient by each token's log-probability and entropy, where it hangs on no later token's.
+
+        It is the loss itself that is differentiated; the gradient is right where this is not.
+        """
+        config = self.config.loss
+        by_row = self.per_sequence and (before is not None or config.rollout_cap is not None)
+        if by_row or (config.kl == "reward" and self.value_head is not None):
+            return None
+        one = before is None and config.kl == "none" and config.rollout_cap is None  # the ratio, whatever comes
+        told: list[tuple[Tensor, Tensor | None]] = []
+
+        def slopes(logprobs_N: Tensor, entropy_N: Tensor) -> tuple[Tensor, Tensor | None]:
+            if told and one:
+                return told[0]
+            with torch.enable_grad():
+                pair = [values_N.detach().requires_grad_() for values_N in (logprobs_N, entropy_N)]
+                logprobs_BT, entropy_BT = (scattered(values_N, batch.mask_BT) for values_N in pair)
+                as_of = before or self._before(batch, logprobs_BT.detach(), ref_BT, None, value_BT)
+                old_BT = before.logprobs_BT if before else None
+                loss, _ = self._policy_loss(batch, as_of, logprobs_BT, old_BT, entropy_BT, None, totals)
+                by_logprob_N, by_entropy_N = torch.autograd.grad(loss, pair, allow_unused=True)
+                told[:] = [(by_logprob_N, by_entropy_N)]
+            return told[0]
+
+        return slopes
 
     def _policy_loss(
         self,

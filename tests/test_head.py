@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_optimize import optimizer_of, policy_of, run_config, some
 from tiny import tiny_folder, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -129,16 +130,17 @@ def test_of_frozen_weights_the_states_have_the_same_gradients(foretold, entropy)
 
 
 class Products(TorchDispatchMode):
-    """Counts the multiplications in products with a side of the vocabulary's size, in units of N x H x V."""
+    """Counts the multiplications in products with a side of the vocabulary's size, in units of tokens x H x V."""
 
-    def __init__(self):
+    def __init__(self, count=N):
         super().__init__()
-        self.units = 0.0
+        self.unit, self.units = count * H * V, 0.0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
             left, right = [value for value in args if isinstance(value, torch.Tensor)][-2:]
-            self.units += left.shape[0] * left.shape[1] * right.shape[1] / (N * H * V)
+            sides = (*left.shape, right.shape[1])
+            self.units += sides[0] * sides[1] * sides[2] / self.unit if V in sides else 0
         return func(*args, **(kwargs or {}))
 
 
@@ -185,6 +187,32 @@ def test_slopes_are_asked_for_with_what_is_known():
     for known, pair in zip((10, 20, 23), asked, strict=True):
         for values_N, truth_N in zip(pair, (logprobs_N, entropy_N), strict=True):
             assert torch.equal(values_N, torch.where(torch.arange(N) < known, truth_N, 0.0))
+
+
+TWICE = {"epochs": 2, "lr": 1e-7}  # so low that no ratio is clipped
+VALUE = {"value": {"lam": 0.9}, "advantage": {"baseline": "none"}}
+
+
+@pytest.mark.parametrize(
+    ("sections", "units"),
+    [
+        ({}, 3),
+        ({"loss": {"entropy_coef": 0.1}}, 3),
+        ({"loss": {"kl": "k3", "kl_coef": 0.1}, "optimizer": TWICE}, 3 + 3),
+        ({"loss": {"kl": "reward", "kl_coef": 0.1}, "optimizer": TWICE}, 3 + 3),
+        ({"loss": {"rollout_cap": 2.0}, "optimizer": TWICE}, 3 + 3),
+        ({"loss": {"ratio": "sequence-mean"}, "optimizer": TWICE}, 3 + 4),  # the second ratio is of whole rows
+        (VALUE, 3),
+        ({**VALUE, "loss": {"kl": "reward", "kl_coef": 0.1}}, 4),  # a return is of all that comes
+    ],
+)
+def test_an_update_foretells_its_loss_where_it_can(monkeypatch, sections, units):
+    monkeypatch.setitem(linear_logprobs.__globals__["CHUNK_BYTES"], "cpu", 4 * V * 7)  # 7 tokens in a chunk
+    members = some(advantage=0.5)
+    optimizer = optimizer_of(policy_of(tiny_model()), run_config(**sections), policy_of(tiny_model(seed=1)))
+    with Products(sum(len(member.token_ids) for member in members)) as products:
+        optimizer.update(members, 1)
+    assert products.units == pytest.approx(1 + units)  # 1: the reference
 
 
 def test_tied_weights_gather_both_gradients():
