@@ -66,6 +66,7 @@ class Arm:
 
     TRL takes micro-batches of ``rows``, ours of ``micro_tokens``. ``dtype`` is that of the arithmetic, ``weights`` that
     of TRL's parameters (ours are float32). ``sampled``: responses are sampled, the rewards alone are recorded.
+    ``compact``: TRL makes logits at responses alone, as it does with Triton, where it would make them everywhere.
     ``entropy`` and ``share`` (the prompt of a group once) can be switched off in ours, to see what they do.
     """
 
@@ -77,6 +78,7 @@ class Arm:
     rows: int = 8
     micro_tokens: int = ALL
     liger: bool = False
+    compact: bool = False
     sampled: bool = False
     longest: int = 512
     entropy: bool = True

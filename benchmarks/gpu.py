@@ -9,7 +9,7 @@ agree to 1e-2 and the gradient norms to 2e-2 (relative), or else this exits with
 
 ours                   float32 weights, bfloat16 autocast; rows packed, the prompt of a group once
 TRL                    the same precision, which is TRL's own default; padded rows, sdpa
-TRL with Liger         with use_liger_kernel
+TRL with Liger         with use_liger_kernel: Liger's layers (since 1.16 the loss is TRL's own)
 TRL, bfloat16 weights  weights, gradients and AdamW's moments in bfloat16: less than ours keep
 
 Gradient checkpointing is on in all, as TRL has it by default. Tokens are those of prompts and responses, without

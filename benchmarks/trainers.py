@@ -145,9 +145,13 @@ def theirs(pipe: Connection, arm: Arm, folder: str, steps: Steps) -> Figures:
     """TRL's GRPOTrainer on the groups; sampled, with its own `generate` before it."""
     import peer
     from trl import GRPOTrainer
+    from trl.trainer import utils
 
     memory: list[Memory] = []
     peaks: list[int] = []
+
+    if arm.compact:
+        utils._use_triton = lambda _: True  # of the choice of positions alone: the kernels ask elsewhere
 
     def on_load(trainer: Any) -> None:
         if arm.sampled:

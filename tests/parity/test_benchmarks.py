@@ -43,12 +43,12 @@ def cells(lines: list[str], title: str) -> dict[str, str]:
 @pytest.mark.parity
 def test_updates_whole_steps_and_shared_prompts_are_measured():
     lines = run("train.py", "--quick", "--steps", "1")
-    assert len(cells(lines, "update")) == 7
+    assert len(cells(lines, "update")) == 8
     assert set(cells(lines, "whole step")) == {"TRL", "ours"}
     ratios = cells(lines, "ratio")
-    assert len(ratios) == 11
+    assert len(ratios) == 13
     assert all(float(value) > 0 for value in ratios.values())
-    assert float(ratios["update, peak memory: ours / TRL, 8 rows each"]) < 1
+    assert float(ratios["update, peak memory: ours, 8 rows / TRL, 8 rows"]) < 1
     assert float(ratios["prompt 4 x response, greatest difference of gradients / greatest gradient"]) < 1e-5
 
 
