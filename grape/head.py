@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from grape.kl import full_kl
-from grape.linear_head import Slopes, linear_logprobs
+from grape.linear_head import Slopes, chunk_rows, linear_logprobs
 from grape.policy import causal_lm, logit_scaling, logits
 
-CHUNK = 256  # tokens of any other head, whose chunks keep several tensors of their size
+CHUNK = 256  # tokens at most by any other head, whose chunks make several tensors of their size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def token_logprobs(
     """
     plain = None if other is not None else plain_head(head)
     if plain is None:
-        return _by_checkpoints(head, states_NH, labels_N, entropy, other, chunk or CHUNK)
+        return _by_checkpoints(head, states_NH, labels_N, entropy, other, chunk)
     weight_VH, bias_V, factor = plain
     logprobs_N, entropy_N = linear_logprobs(
         states_NH, weight_VH, bias_V, labels_N, factor=factor, entropy=entropy, slopes=slopes, chunk=chunk
@@ -83,7 +83,7 @@ def _by_checkpoints(
     labels_N: Tensor,
     entropy: bool,
     other: Other | None,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`token_logprobs` with any head, by autograd."""
 
@@ -102,6 +102,10 @@ def _by_checkpoints(
             kl_C = full_kl(*reversed(pair)) if other.first else full_kl(*pair)
         return logprobs_C, entropy_C, kl_C
 
+    if chunk is None:
+        with torch.no_grad():
+            empty_0V = head(states_NH[:0])
+        chunk = min(CHUNK, chunk_rows(states_NH.device.type, empty_0V.shape[1], empty_0V.dtype))
     pieces = []
     for start in range(0, max(1, len(labels_N)), chunk):  # one empty piece where nothing counts
         at = slice(start, start + chunk)

@@ -42,10 +42,15 @@ def linear_logprobs(
     if torch.is_autocast_enabled(device) and low != torch.float64:
         low = torch.get_autocast_dtype(device)
     high = torch.promote_types(low, torch.float32)
-    rows = chunk or max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (high.itemsize * len(weight_VH)))
+    rows = chunk or chunk_rows(device, len(weight_VH), high)
     how = _How(factor, low, high, rows, entropy, torch.is_grad_enabled(), slopes)
     logprobs_N, entropy_N = _Tokens.apply(states_NH, weight_VH, bias_V, labels_N, how)  # type: ignore[no-untyped-call]
     return logprobs_N, entropy_N
+
+
+def chunk_rows(device: str, size: int, dtype: torch.dtype) -> int:
+    """How many tokens have logits at a time, of a vocabulary of this size."""
+    return max(1, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (size * dtype.itemsize))
 
 
 class _How(NamedTuple):

@@ -431,9 +431,10 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_and_none_is_kept(foretold):
     assert max(value.numel() for value in kept if H not in value.shape) == size  # the bias
 
 
-def test_a_chunk_is_as_many_tokens_as_the_bytes_hold(monkeypatch):
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+def test_a_chunk_is_as_many_tokens_as_the_bytes_hold(monkeypatch, kind):
     monkeypatch.setitem(linear_logprobs.__globals__["CHUNK_BYTES"], "cpu", 4 * V * 6 + 3)
-    model = tiny_model()
+    model = tiny_model(kind, **dict(HEADS)[kind])
     states_NH, labels_N = tokens()
     with Wide(V) as wide:
         token_logprobs(partial(logits, model), states_NH, labels_N)
