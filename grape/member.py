@@ -76,3 +76,11 @@ def make_batch(members: Sequence[Member], text: Text, device: Any) -> Batch:
         reward_B=torch.tensor([member.reward for member in members], device=device),
         rollout_BT=rollout_BT.to(device),
     )
+
+
+def blank(token: int) -> Member:
+    """A response that counts for nothing."""
+    return Member(
+        response_id="", group="", prompt_ids=(token,), token_ids=(token,), rollout_logprobs=None, advantage=0.0,
+        reward=0.0, trained=False, off_policy=False,
+    )  # fmt: skip

@@ -18,7 +18,7 @@ from torch import Tensor
 from grape.config import OptimizerConfig, RunConfig
 from grape.errors import ConfigError, GrapeError, one_line
 from grape.kl import adapted_kl_coef
-from grape.member import Batch, Member
+from grape.member import Batch, Member, blank
 from grape.modes import Modes
 from grape.objective import Before, Objective
 from grape.packing import Packing
@@ -61,7 +61,7 @@ class Optimizer:
         self._ranks = Ranks(accelerator)
         self._others = () if reference is None else (reference.model,)
         with whole(policy.model), self.objective.autocast():
-            self.packing = Packing(policy.model, policy.pad_id)
+            self.packing = Packing(policy.model, policy.pad_id, self._others)
             self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
         self._groups = param_groups(policy.model, self.objective.value_head, config)
         self._weights: list[Tensor] = [weight for group in self._groups for weight in group["params"]]
@@ -82,7 +82,7 @@ class Optimizer:
             return Update(metrics={}, logprobs={})
         epochs: list[dict[str, float]] = []
         before: dict[int, Before] = {}
-        with self._modes.training(), self.packing.on(*self._others), self._gathered():
+        with self._modes.training(), self._gathered():
             if batches and self.config.loss.kl == "reward" and self.objective.per_sequence:
                 batches = self._penalised(batches, step)
             for _ in range(self.config.optimizer.epochs):
@@ -128,7 +128,7 @@ class Optimizer:
         wrong, highest = None, 0.0
         over = {"num_sequences": totals["sequences"], "num_tokens": totals["tokens"]}
         for number, batch in enumerate(batches):
-            with self._modes.seeded(self.config.seed, step, self.accelerator.process_index, number):
+            with self._pass(batch, step, number):
                 pass_ = partial(self.objective.loss, batch, before.get(number), **over)
                 loss, metrics, before[number] = through(self.policy.model, pass_)
                 counts = batch.members[0].trained
@@ -164,6 +164,13 @@ class Optimizer:
         return norm
 
     @contextmanager
+    def _pass(self, batch: Batch, step: int, number: int) -> Iterator[None]:
+        """The models take a micro-batch; its dropout is the same in all passes."""
+        rank = self.accelerator.process_index
+        with self._modes.seeded(self.config.seed, step, rank, number), self.packing.on(batch.text, *self._others):
+            yield
+
+    @contextmanager
     def _gathered(self) -> Iterator[None]:
         """A step of the objective; what it has left whole of a shared model goes at its end."""
         through(self.policy.model, self.objective.begin)
@@ -184,7 +191,7 @@ class Optimizer:
         """Eq. 12 with a ratio per sequence: each row's penalty is in its reward before the group's baseline."""
         penalties = []
         for number, batch in enumerate(batches):
-            with self._modes.seeded(self.config.seed, step, self.accelerator.process_index, number):
+            with self._pass(batch, step, number):
                 penalties.append(through(self.policy.model, partial(self.objective.penalties, batch)))
         flat = torch.cat(penalties).double().cpu().numpy()
         groups = [member.group for batch in batches for member in batch.members]
@@ -271,14 +278,6 @@ def param_groups(model: Any, value_head: Any, config: RunConfig) -> list[dict[st
     if small:
         raise ValueError(f"weights that are trained must be in float32, not {small.pop()}: small updates would be lost")
     return groups
-
-
-def blank(token: int) -> Member:
-    """A response that counts for nothing."""
-    return Member(
-        response_id="", group="", prompt_ids=(token,), token_ids=(token,), rollout_logprobs=None, advantage=0.0,
-        reward=0.0, trained=False, off_policy=False,
-    )  # fmt: skip
 
 
 def fault(members: Sequence[Member]) -> str | None:

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from grape.attention import Blocks, switched
 from grape.logprobs import micro_batches, pad, response_states
-from grape.member import Batch, Member, make_batch
+from grape.member import Batch, Member, Text, make_batch
 from grape.policy import causal_lm
 from grape.rollout import evaluating
+from grape.shards import whole
 
 Row = tuple[Sequence[int], Sequence[int]]  # prompt and response
 PAYS = (
@@ -67,15 +68,18 @@ class Packed:
 class Packing:
     """How the micro-batches of one model are made: packed where its attention allows it, which is tried, else padded.
 
-    ``share`` False computes the prompt for each row.
+    ``others`` are models that take the same micro-batches. ``share`` False computes the prompt for each row.
     """
 
-    def __init__(self, model: Any, pad_id: int, *, share: bool = True) -> None:
+    def __init__(self, model: Any, pad_id: int, others: Sequence[Any] = (), *, share: bool = True) -> None:
         self._pad_id = pad_id
         self._share = share
         self._model = model
-        self._reach = reach(model)
+        self._reach = min(map(reach, (model, *others)))
         self.packs = packs(model)
+        for other in others:
+            with whole(other):
+                self.packs &= packs(other)
 
     def batches(self, members: Sequence[Member], budget: int) -> list[Batch]:
         """The members in micro-batches of at most ``budget`` computed tokens; one longer than that is alone.
@@ -117,10 +121,10 @@ class Packing:
         return batches
 
     @contextmanager
-    def on(self, *others: Any) -> Iterator[None]:
-        """The model, and others of its kind, take the micro-batches that this makes."""
+    def on(self, text: Text, *others: Any) -> Iterator[None]:
+        """The model, and others, take a micro-batch that this has made, packed or padded, forward and backward."""
         with ExitStack() as stack:
-            for model in (self._model, *others) if self.packs else ():
+            for model in (self._model, *others) if isinstance(text, Packed) else ():
                 stack.enter_context(switched(model))
             yield
 

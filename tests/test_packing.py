@@ -237,6 +237,43 @@ def test_an_update_is_the_same_with_shared_prompts_and_without(checkpointing):
     assert computed[0] < computed[1] < 1 < computed[2]
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_update_with_a_row_beyond_a_window_is_that_of_padded_rows(checkpointing):
+    members, results = [member(n, prompt, given) for n, (prompt, given) in enumerate(groups(4, 2, seed=5))], []
+    assert max(map(len, members)) > 10
+    for packs_ in (True, False):
+        policy = Policy(
+            model=tiny_model("mistral", sliding_window=10), tokenizer=tiny_tokenizer(), stop_ids=(1,), pad_id=0
+        )
+        run = config(policy={"model": "m", "dtype": "float32", "gradient_checkpointing": checkpointing})
+        optimizer = Optimizer(policy, run, Accelerator(cpu=True))
+        assert optimizer.packing.packs
+        optimizer.packing.packs = packs_
+        results.append(optimizer.update(members, 1))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("lfm2", {"layer_types": ["conv", "full_attention"]}),  # would give other numbers
+    ("stablelm", {}),  # would fail
+    ("mistral", {"sliding_window": 10}),  # takes packed rows, but not the longest
+])  # fmt: skip
+def test_a_reference_that_takes_no_packed_rows_gets_padded_ones(kind, options):
+    members = [member(n, prompt, given) for n, (prompt, given) in enumerate(groups(4, 2, seed=5))]
+    assert max(map(len, members)) > 10
+    kls = []
+    for packs_ in (True, False):
+        policy, other = (
+            Policy(model=m, tokenizer=tiny_tokenizer(), stop_ids=(1,), pad_id=0)
+            for m in (tiny_model(), tiny_model(kind, seed=1, **options))
+        )
+        run = config(loss={"kl": "k3", "kl_coef": 0.1})
+        optimizer = Optimizer(policy, run, Accelerator(cpu=True), reference=other)
+        optimizer.packing.packs &= packs_
+        kls.append(optimizer.update(members, 1).metrics["ref_kl"])
+    assert kls[0] == pytest.approx(kls[1], rel=1e-5)
+
+
 def test_a_response_that_was_drawn_elsewhere_keeps_its_place():
     batch = Packing(tiny_model(), 0).batches(
         [member(0, (3, 4), (5, 6, 7)), member(1, (3, 4), (8, 9), rollout_logprobs=(-1.0, -2.0), off_policy=True)], 99
