@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from grape.policy import Policy, hidden_states, step
 
@@ -77,7 +77,7 @@ class Rows:
         rows_R = self._tensor(rows)
         self.state_RH = out.last_hidden_state[rows_R, -1]
         self._cache, self._width = out.past_key_values, ids_QP.shape[1]
-        for number, layer in enumerate(self._cache.layers):
+        for number, layer in enumerate(self._parts):
             if type(layer) is DynamicLayer:
                 self._cache.layers[number] = Held(layer, rows_R, self._width + more)
             else:
@@ -104,7 +104,7 @@ class Rows:
         order = [moves.get(row, row) for row in range(count)]
         to_M, from_M = self._tensor([*moves, *moves.values()]).view(2, len(moves))
         order_R = self._tensor(order)
-        for layer in self._cache.layers:
+        for layer in self._parts:
             if isinstance(layer, Held):
                 layer.move(to_M, from_M, count)
             else:
@@ -112,6 +112,11 @@ class Rows:
         self._positions_R1 = self._positions_R1[order_R]
         self._mask = None if self._mask is None else self._mask[order_R]
         return order, order_R
+
+    @property
+    def _parts(self) -> list[Any]:
+        """The layers of the cache, or the cache as one where the model has a kind of its own, which may hold more."""
+        return list(self._cache.layers) if type(self._cache) is DynamicCache else [self._cache]
 
     def _tensor(self, numbers: Sequence[int]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.long, device=self._model.device)

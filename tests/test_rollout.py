@@ -31,6 +31,13 @@ def windowed(tmp_path_factory):
     return tiny_policy(tmp_path_factory.mktemp("windowed"), "mistral", sliding_window=6)
 
 
+@pytest.fixture(scope="module")
+def linear(tmp_path_factory):
+    """A cache of a kind of its own, with states beside the layers."""
+    kinds = {"layer_types": ["full_attention", "linear_attention"], "num_local_experts": 2, "num_experts_per_tok": 1}
+    return tiny_policy(tmp_path_factory.mktemp("linear"), "minimax", **kinds)
+
+
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -42,7 +49,7 @@ def trainer_logprobs(policy, rollouts, prompts=PROMPTS):
     return [row[mask].tolist() for row, mask in zip(logprobs_BT, batch[2], strict=True)]
 
 
-@pytest.mark.parametrize("which", ["policy", "windowed"])
+@pytest.mark.parametrize("which", ["policy", "windowed", "linear"])
 def test_logprobs_are_those_of_the_trainers_forward(which, request):
     policy = request.getfixturevalue(which)
     rollouts = sample(policy, PROMPTS, responses=8, max_tokens=30, generator=seeded())
