@@ -58,8 +58,10 @@ def _apart(pipe: Connection, _: Arm, function: Callable[..., None], args: Sequen
 
 
 class Process:
-    """A function at work in another process, with a pipe to it. It begins as a copy that has imported the trainers;
-    with a GPU it begins afresh: CUDA does not survive a copy."""
+    """A function at work in another process, with a pipe to it.
+
+    It begins as a copy that has imported the trainers; with a GPU it begins afresh, since CUDA does not survive a copy.
+    """
 
     def __init__(self, function: Callable[..., None], arm: Arm, *args: Any) -> None:
         context: Any = get_context("forkserver" if arm.device == "cpu" else "spawn")
@@ -117,7 +119,8 @@ def ours(pipe: Connection, arm: Arm, folder: str, steps: Steps) -> Figures:
     precision = "bf16" if arm.dtype == "bfloat16" else "no"
     optimizer = Optimizer(policy, config, Accelerator(cpu=arm.device == "cpu", mixed_precision=precision))
     if not arm.share:
-        optimizer.packing = Packing(policy.model, policy.pad_id, share=False)
+        with optimizer.objective.autocast():
+            optimizer.packing = Packing(policy.model, policy.pad_id, share=False)
     if not arm.entropy:
         without_entropy()
     generator = torch.Generator(device=arm.device).manual_seed(0)
