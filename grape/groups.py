@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from grape.collect import Answered, Asked, Collector, sft_text
@@ -93,7 +93,8 @@ class Groups:
         ways: list[Control | None] = [None] * number
         if self._improves:
             ways = routes(self._config.improve, number, rng, asked_before=asked_before)
-        asked = [self._collector.fresh(plan, f"{name}-{step}-{member}") for member in range(number)]
+        fresh = self._collector.fresh(plan, name)  # the prompt's tokens are those of all
+        asked = [replace(fresh, response_id=f"{name}-{step}-{member}") for member in range(number)]
         first = [one for one, way in zip(asked, ways, strict=True) if way is None]
         if text is not None:
             first.append(self._collector.given(plan, f"{name}-{step}-{number}", text))

@@ -21,12 +21,12 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 def repeated(text: str, size: int) -> float:
     """The share of runs of ``size`` words or signs that have been there before; runs of letters count by the 24."""
-    ids: dict[str, int] = {}
-    tokens = [ids.setdefault(found[0].casefold(), len(ids)) for found in islice(_TOKEN.finditer(text), TOKENS)]
+    found = _TOKEN.findall(text) if len(text) <= TOKENS else [one[0] for one in islice(_TOKEN.finditer(text), TOKENS)]
+    tokens = list(map(str.casefold, found))
     runs = len(tokens) - size + 1
     if runs < 1:
         return 0.0
-    return 1 - len({tuple(tokens[start : start + size]) for start in range(runs)}) / runs
+    return 1 - len(set(zip(*(tokens[start:] for start in range(size)), strict=False))) / runs
 
 
 @checker

@@ -67,20 +67,19 @@ def _dump(table: str, rows: Sequence[Row]) -> list[bytes]:
 
 def _checked(table: str, columns: Mapping[str, str], rows: list[Row]) -> list[Row]:
     """The rows with every value of a type that its column takes."""
+    checked: list[Row] = []
     for row in rows:
-        if not row.keys() <= columns.keys():
-            name = next(key for key in row if key not in columns)
-            raise LogError(f"{table} has no column {name!r}; {known(columns, str(name))}")
-    changed: dict[str, list[Any]] = {}
-    for name, kind in columns.items():
-        values = [row.get(name) for row in rows]
-        if not set(map(type, values)) <= PLAIN[kind]:
-            values = changed[name] = [_convert(table, name, kind, value) for value in values]
-        if kind in BITS and (wide := [v for v in values if v is not None and v.bit_length() > BITS[kind]]):
-            raise LogError(f"{table}.{name}: {one_line(wide[0], 60)} is too large for {kind}")
-    if not changed:
-        return rows
-    return [{**row, **{name: changed[name][number] for name in changed}} for number, row in enumerate(rows)]
+        changed: dict[str, Any] = {}
+        for name, value in row.items():
+            kind = columns.get(name)
+            if kind is None:
+                raise LogError(f"{table} has no column {name!r}; {known(columns, str(name))}")
+            if type(value) not in PLAIN[kind]:
+                value = changed[name] = _convert(table, name, kind, value)
+            if kind in BITS and value is not None and value.bit_length() > BITS[kind]:
+                raise LogError(f"{table}.{name}: {one_line(value, 60)} is too large for {kind}")
+        checked.append({**row, **changed} if changed else row)
+    return checked
 
 
 def _convert(table: str, name: str, kind: str, value: Any) -> Any:
