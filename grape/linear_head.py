@@ -92,21 +92,20 @@ class _Head:
         for at in _slices(len(values_CV), max(1, len(self._beside_RV))):
             yield at, values_CV[at], self._beside_RV[: at.stop - at.start]
 
-    def read(self, logits_CV: Tensor, labels_C: Tensor, *, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, normalisers, entropies; the softmax is in the logits' place then, if it is to be kept."""
-        top_C, label_C, total_C, sum_C = (logits_CV.new_zeros(len(labels_C)) for _ in range(4))
+    def read(self, logits_CV: Tensor, labels_C: Tensor, *, entropy: bool, keep: bool) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (or zeros); to ``keep`` the softmax, it takes the place of the logits."""
+        label_C, total_C, sum_C = (logits_CV.new_zeros(len(labels_C)) for _ in range(3))
         for at, z_RV, beside_RV in self.parts(logits_CV):
-            top_C[at] = z_RV.amax(-1)
-            z_RV.sub_(top_C[at, None])
+            z_RV.sub_(z_RV.amax(-1, keepdim=True))
             label_C[at] = z_RV.gather(1, labels_C[at, None]).squeeze(1)
-            p_RV = torch.exp(z_RV, out=beside_RV if self.how.entropy else z_RV)
+            p_RV = torch.exp(z_RV, out=beside_RV if entropy else z_RV)
             total_C[at] = p_RV.sum(-1)
-            if self.how.entropy:
+            if entropy:
                 sum_C[at] = z_RV.mul_(p_RV).sum(-1)
             if keep:
                 torch.div(p_RV, total_C[at, None], out=z_RV)
         log_C = total_C.log()
-        return label_C - log_C, top_C + log_C, log_C - sum_C / total_C if self.how.entropy else sum_C
+        return label_C - log_C, log_C - sum_C / total_C if entropy else sum_C
 
 
 class _Chunk(NamedTuple):
@@ -222,7 +221,7 @@ class _Tokens(torch.autograd.Function):
         ctx: Any, states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, labels_N: Tensor, how: _How
     ) -> tuple[Tensor, Tensor]:
         needed = [how.trained and need for need in ctx.needs_input_grad[:3]]
-        logprobs_N, norm_N, entropy_N = (states_NH.new_zeros(len(labels_N), dtype=how.high) for _ in range(3))
+        logprobs_N, entropy_N = (states_NH.new_zeros(len(labels_N), dtype=how.high) for _ in range(2))
         ahead = None
         with torch.autocast(states_NH.device.type, enabled=False):
             head = _Head(weight_VH, bias_V, how, len(labels_N))
@@ -231,12 +230,13 @@ class _Tokens(torch.autograd.Function):
             for at in _slices(len(labels_N), how.rows):
                 states_CH, labels_C = states_NH[at], labels_N[at]
                 logits_CV = head.logits(states_CH)
-                logprobs_N[at], norm_N[at], entropy_N[at] = head.read(logits_CV, labels_C, keep=ahead is not None)
+                values = head.read(logits_CV, labels_C, entropy=how.entropy, keep=ahead is not None)
+                logprobs_N[at], entropy_N[at] = values
                 if ahead:
                     ahead.add(head, _Chunk(at, states_CH, labels_C, logits_CV, entropy_N[at]), logprobs_N, entropy_N)
             if bias_V is not None:
                 logprobs_N.masked_fill_(bias_V[labels_N] == -torch.inf, -torch.inf)
-        ctx.save_for_backward(states_NH, weight_VH, bias_V, labels_N, norm_N, entropy_N)
+        ctx.save_for_backward(states_NH, weight_VH, bias_V, labels_N, entropy_N)
         ctx.set_materialize_grads(False)
         ctx.how, ctx.ahead = how, ahead
         return logprobs_N, entropy_N
@@ -244,9 +244,9 @@ class _Tokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_N: Tensor | None, entropy_slope_N: Tensor | None) -> tuple[Tensor | None, ...]:
-        states_NH, weight_VH, bias_V, labels_N, norm_N, entropy_N = ctx.saved_tensors
+        states_NH, weight_VH, bias_V, labels_N, entropy_N = ctx.saved_tensors
         ahead, ctx.ahead = ctx.ahead, None  # its tensors become the gradients, once
-        slopes = (torch.zeros_like(norm_N) if slope_N is None else slope_N, entropy_slope_N)
+        slopes = (torch.zeros_like(entropy_N) if slope_N is None else slope_N, entropy_slope_N)
         if entropy_slope_N is not None and not entropy_slope_N.any():
             slopes = (slopes[0], None)
         rest = ahead.rest(*slopes) if ahead else slopes
@@ -260,9 +260,10 @@ class _Tokens(torch.autograd.Function):
                 head = _Head(weight_VH, bias_V, ctx.how, len(places_K))
                 for some in _slices(len(places_K), ctx.how.rows):
                     at = some if len(places_K) == len(labels_N) else places_K[some]
-                    states_CH = states_NH[at]
-                    p_CV = head.logits(states_CH).sub_(norm_N[at, None]).exp_()
-                    chunk = _Chunk(at, states_CH, labels_N[at], p_CV, entropy_N[at])
+                    states_CH, labels_C = states_NH[at], labels_N[at]
+                    p_CV = head.logits(states_CH)
+                    head.read(p_CV, labels_C, entropy=False, keep=True)
+                    chunk = _Chunk(at, states_CH, labels_C, p_CV, entropy_N[at])
                     grads.add(head, chunk, slopes[0][at], None if slopes[1] is None else slopes[1][at])
         inputs = (states_NH, weight_VH, bias_V)
         by = (None if grad is None else grad.to(given.dtype) for grad, given in zip(grads.by, inputs, strict=True))

@@ -249,6 +249,19 @@ def test_chunks_change_nothing_but_rounding_and_nothing_at_all_the_second_time(f
         assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+def test_gradients_made_ahead_are_the_same_to_the_bit():
+    model = tiny_model(tied=False)
+    states_NH, labels_N = tokens()
+    by_N = draw(N, seed=2)
+
+    def by(slopes):
+        values = token_logprobs(partial(logits, model), states_NH, labels_N, entropy=True, slopes=slopes, chunk=9)
+        return torch.autograd.grad((values[0] * by_N).sum(), [states_NH, model.lm_head.weight])
+
+    states_NH.requires_grad_()
+    assert all(torch.equal(a, b) for a, b in zip(by(None), by(lambda *_: (by_N, None)), strict=True))
+
+
 @pytest.mark.parametrize("foretold", ["nothing", "rightly", "wrongly"])
 def test_a_graph_can_be_gone_through_twice_and_holds_several_calls(foretold):
     model = tiny_model(tied=False).double()
