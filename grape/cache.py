@@ -30,7 +30,7 @@ class Held(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own
         self.dtype, self.device, self.is_initialized = layer.keys.dtype, layer.keys.device, True
         self._limit = limit
         length = layer.keys.shape[2]
-        self._buffers = [self._larger(states[rows_R], length + FIRST) for states in (layer.keys, layer.values)]
+        self._buffers = [self._larger(states, length + FIRST, rows_R) for states in (layer.keys, layer.values)]
         self._show(len(rows_R), length)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -46,17 +46,22 @@ class Held(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own
     def move(self, to_M: Tensor, from_M: Tensor, rows: int) -> None:
         """Copy rows over others, and hold the first ``rows`` from now on."""
         for states in (self.keys, self.values):
-            states[to_M] = states[from_M]
+            states.index_copy_(0, to_M, states.index_select(0, from_M))
         self._show(rows, self.keys.shape[2])
 
     def _show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
         self.keys, self.values = (buffer[:rows, :, :length] for buffer in self._buffers)
         return self.keys, self.values
 
-    def _larger(self, states_RHTD: Tensor, length: int) -> Tensor:
+    def _larger(self, states_RHTD: Tensor, length: int, rows_R: Tensor | None = None) -> Tensor:
+        """A copy, or that of rows of it, in a buffer with more room."""
         rows, heads, filled, size = states_RHTD.shape
-        buffer = states_RHTD.new_empty(rows, heads, max(filled, min(length, self._limit)), size)
-        buffer[:, :, :filled] = states_RHTD
+        room = max(filled, min(length, self._limit))
+        buffer = states_RHTD.new_empty(rows if rows_R is None else len(rows_R), heads, room, size)
+        if rows_R is None:
+            buffer[:, :, :filled] = states_RHTD
+        else:
+            torch.index_select(states_RHTD, 0, rows_R, out=buffer[:, :, :filled])
         return buffer
 
 

@@ -223,9 +223,8 @@ def draw(logits_RV: Tensor, sampling: Sampling, uniform_R: Tensor) -> tuple[Tens
 def located(weights_RV: Tensor, uniform_R: Tensor) -> Tensor:
     """Where a row's number from 0 to 1 lies among its weights, R x 1; never at a weight of 0."""
     below_RV = weights_RV.cumsum(-1, dtype=torch.float64)
-    sum_R1 = below_RV[:, -1:]
-    at_R1 = torch.minimum(uniform_R[:, None] * sum_R1, sum_R1.nextafter(torch.zeros_like(sum_R1)))
-    found_R1 = torch.searchsorted(below_RV, at_R1, right=True)
+    sum_R1 = below_RV[:, -1:] * (1 - 2**-52)  # so that whatever is rounded, no number comes to lie behind all
+    found_R1 = torch.searchsorted(below_RV, uniform_R[:, None] * sum_R1, right=True)
     return found_R1.clamp(max=weights_RV.shape[1] - 1)  # a row that is NaN
 
 

@@ -266,7 +266,7 @@ def test_a_policy_that_gives_no_numbers_is_one_line(value, sampling, tmp_path):
 
 def test_a_uniform_number_is_a_place_in_the_cumulative_distribution():
     probs_RV = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
-    below = {0.0: 1, 0.2499999: 1, 0.25: 3, 0.7499999: 3, 0.75: 4, 1 - 2**-53: 4}
+    below = {0.0: 1, 0.2499999: 1, 0.2500001: 3, 0.7499999: 3, 0.7500001: 4, 1 - 2**-53: 4}
     for number, token in below.items():
         uniform_R = torch.tensor([number], dtype=torch.float64)
         tokens_R, logprobs_R = draw(probs_RV.log(), Sampling(), uniform_R)
