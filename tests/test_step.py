@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +82,18 @@ def test_the_soft_penalty_is_a_line_over_the_last_tokens(length, finish, penalty
     assert overlong(drawn, config) == penalty
     given = Answered(asked=None, token_ids=tokens, logprobs=None, finish="stop", judged=None)
     assert overlong(given, config) == 0.0
+
+
+@pytest.mark.slow
+def test_the_phases_of_a_step_and_its_own_arithmetic_are_measured():
+    script = Path(__file__).parent.parent / "benchmarks/step.py"
+    command = [sys.executable, str(script), "--quick", "--steps", "1", "--warmup", "1", "--threads", "1"]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    found = {row[0]: row[1:] for row in (re.split(r" {2,}", line) for line in lines) if len(row) == 7}
+    walls, own = ({name: float(row[at].replace(",", "")) for name, row in list(found.items())[1:]} for at in (0, 1))
+    assert list(walls) == ["sample", "judge", "settle", "journal", "update", "log", "rest", "step"]
+    assert sum(walls.values()) == pytest.approx(2 * walls["step"], abs=1)
+    assert own["step"] == pytest.approx(own["sample"] + own["update"], abs=0.3)
+    assert all(own[name] == 0 for name in ("judge", "settle", "journal", "log", "rest"))
+    assert all(0 < own[name] < walls[name] for name in ("sample", "update"))
+    assert lines[-1].startswith("the cost of measuring: ")

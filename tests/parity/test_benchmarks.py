@@ -84,3 +84,14 @@ def test_recorded_responses_are_log_normal_and_a_function_of_the_seed():
     assert max(map(len, responses)) == 500
     assert all(response[-1] == 1 and min(response[:-1], default=5) > SHAPE.ends for response in responses)
     assert groups[0].tokens == 8 * 3 + sum(map(len, groups[0].responses))
+
+
+@pytest.mark.parity
+def test_sampling_is_measured_and_all_arms_give_as_many_tokens_as_asked():
+    lines = run("sampling.py", "--quick", "--repeats", "1")  # which exits with 1 where lengths differ
+    found = [re.split(r" {2,}", line) for line in lines if line.startswith("0.4 M, ")]
+    assert [row[0] for row in found] == [
+        f"0.4 M, {prompt}, {lengths}" for prompt in (16, 256) for lengths in ("equal", "log-normal")
+    ]
+    for row in found:
+        assert [float(cell.split(" ")[0].replace(",", "")) > 0 for cell in row[1:]] == [True] * 8
