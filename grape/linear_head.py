@@ -179,7 +179,7 @@ class _Ahead:
             self._slopes(logprobs_N, entropy_N) if self._slopes else (torch.ones_like(logprobs_N), None)
         )
         slope_C = self._told_N[chunk.at] = told_N[chunk.at].nan_to_num(0, 0, 0)  # what is no number could not be undone
-        if entropy_told_N is not None and head.how.entropy:
+        if entropy_told_N is not None:
             entropy_slope_C = self._entropy_told_N[chunk.at] = entropy_told_N[chunk.at].nan_to_num(0, 0, 0)
             self.grads.add(head, chunk, slope_C, entropy_slope_C)
             return
