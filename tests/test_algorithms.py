@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import grape
-from grape.logprobs import pad, response_logprobs
+from grape.attention import switched
+from grape.head import token_logprobs
+from grape.logprobs import scattered
+from grape.packing import Packing
+from grape.policy import logits
+from grape.step import Step
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "examples/algorithms"
@@ -346,7 +352,7 @@ def test_the_file_of_an_algorithm_trains_by_its_formula(tmp_path, name):
     assert min(lengths) < max(lengths) == LIMIT  # nor would be the aggregate, and what is done where a response is cut
 
 
-PAIRS = (f"sampling.questions={GROUPS}", "sampling.responses=2", "seed=4")  # of which some have equal rewards
+PAIRS = (f"sampling.questions={GROUPS}", "sampling.responses=2", "seed=5")  # of which some have equal rewards
 
 
 def test_dapo_asks_further_questions_in_place_of_groups_of_equal_rewards(tmp_path):
@@ -437,31 +443,31 @@ def dr_grpo_by_hand(folder, steps, *, low=0.2, high=0.2, epochs=2):
     advantages, losses = [], []
     for step in range(1, steps + 1):
         journal = folder / f"begun/checkpoints/journal/step-{step:06d}.json"
-        members = json.loads(journal.read_bytes())["members"]
+        members = Step.read(journal.read_bytes()).members
         asked = dict(ask(folder / "begun/log.duckdb", "select question_id, question from questions"))
         rewards = []
         for member in members:
-            answer = policy.decode(member["token_ids"], skip_special_tokens=True)
-            question = asked[member["group"]]
+            answer = policy.decode(member.token_ids, skip_special_tokens=True)
+            question = asked[member.group]
             chat = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
             text = judge.apply_chat_template(chat, tokenize=False)
             with torch.no_grad():
                 rewards.append(rewards_of(**judge(text, add_special_tokens=False, return_tensors="pt")).logits.item())
         groups = np.array(rewards).reshape(GROUPS, -1)
         gains = (groups - np.cumsum(groups, axis=1)[:, -1:] / groups.shape[1]).ravel()
-        order = sorted(
-            range(len(members)), key=lambda row: -len(members[row]["prompt_ids"] + members[row]["token_ids"])
-        )
-        rows = [members[row] for row in order]
-        ids, attended, mask = pad([row["prompt_ids"] for row in rows], [row["token_ids"] for row in rows], 0)
-        gain = torch.tensor(gains[order], dtype=torch.float32)[:, None]
+        (batch,) = Packing(model, 0).batches(members, 10**6)
+        assert batch.members == tuple(members)
+        gain = torch.tensor(gains, dtype=torch.float32)[:, None]
         old, seen = None, []
         for _ in range(epochs):
-            new, _ = response_logprobs(model, ids, attended, mask)
+            with switched(model):
+                states = batch.text.states(model)
+            new_N, _, _ = token_logprobs(partial(logits, model), states, batch.labels_N)
+            mask, new = batch.mask_BT, scattered(new_N, batch.mask_BT)
             old = new.detach() if old is None else old
             ratio = (new - old).exp()
             objective = torch.minimum(ratio * gain, ratio.clamp(1 - low, 1 + high) * gain)
-            loss = -((torch.where(mask, objective, 0.0).sum(1) / LIMIT).sum() / len(rows))
+            loss = -((torch.where(mask, objective, 0.0).sum(1) / LIMIT).sum() / len(members))
             adam.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
