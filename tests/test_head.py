@@ -266,21 +266,22 @@ def test_gradients_made_ahead_are_the_same_to_the_bit():
     assert all(torch.equal(a, b) for a, b in zip(by(None), by(lambda *_: (by_N, None)), strict=True))
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("foretold", ["nothing", "rightly", "wrongly"])
-def test_a_graph_can_be_gone_through_twice_and_holds_several_calls(foretold):
+def test_a_graph_can_be_gone_through_twice_and_holds_several_calls(foretold, frozen):
     model = tiny_model(tied=False).double()
+    model.lm_head.requires_grad_(not frozen)
     head = partial(logits, model)
     states_NH, labels_N = tokens(torch.float64)
     slopes = FORETOLD[foretold] and FORETOLD[foretold](True)
 
     def twice(states_NH):
         some = [token_logprobs(head, states_NH, labels_N, entropy=True, slopes=slopes, chunk=9) for _ in range(2)]
-        loss = sum(total(values, True) for values in some)
-        loss.backward(retain_graph=True)
+        sum(total(values, not frozen) for values in some).backward(retain_graph=True)
         return some[0]
 
-    got = graded(model, twice, states_NH, entropy=True)
-    expected = graded(model, lambda states: full(head, states, labels_N), states_NH, entropy=True)
+    got = graded(model, twice, states_NH, entropy=not frozen)
+    expected = graded(model, lambda states: full(head, states, labels_N), states_NH, entropy=not frozen)
     assert_same(got, [*expected[:2], *(3 * value for value in expected[2:])], 1e-6 if foretold == "rightly" else 1e-12)
 
 
@@ -386,6 +387,14 @@ def test_products_are_in_the_dtype_of_autocast_and_sums_are_not(foretold):
     for ours, theirs, truth in zip(got[2:], plain[2:], exact[2:], strict=True):
         assert (ours - truth).norm() < 1.2 * (theirs - truth).norm()  # in bfloat16 both, and no worse
         assert (ours - truth).norm() > 1e-4 * truth.norm()
+
+
+def test_autocast_leaves_double_precision_alone():
+    model = tiny_model(tied=False).double()
+    states_NH, labels_N = tokens(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        values = token_logprobs(partial(logits, model), states_NH, labels_N, entropy=True)
+    assert_same(values[:2], full(partial(logits, model), states_NH, labels_N), 1e-12)
 
 
 def test_backward_under_autocast_is_that_of_the_forward_pass():
