@@ -5,7 +5,7 @@ transformers' own cache makes all keys and values anew for every token, which ta
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,11 @@ class Held(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers' own
             buffer[:rows, :, start:end] = states
         return self._show(rows, end)
 
-    def move(self, to_M: Tensor, from_M: Tensor, rows: int) -> None:
-        """Copy rows over others, and hold the first ``rows`` from now on."""
+    def move(self, moves: Mapping[int, int], rows: int) -> None:
+        """Copy rows over others (place: row), and hold the first ``rows`` from now on."""
         for states in (self.keys, self.values):
-            states.index_copy_(0, to_M, states.index_select(0, from_M))
+            for place, row in moves.items():
+                states[place] = states[row]
         self._show(rows, self.keys.shape[2])
 
     def _show(self, rows: int, length: int) -> tuple[Tensor, Tensor]:
@@ -107,11 +108,10 @@ class Rows:
         holes = [row for row in range(count) if row not in kept]
         moves = dict(zip(holes, (row for row in rows if row >= count), strict=True))
         order = [moves.get(row, row) for row in range(count)]
-        to_M, from_M = self._tensor([*moves, *moves.values()]).view(2, len(moves))
         order_R = self._tensor(order)
         for layer in self._parts:
             if isinstance(layer, Held):
-                layer.move(to_M, from_M, count)
+                layer.move(moves, count)
             else:
                 layer.batch_select_indices(order_R)
         self._positions_R1 = self._positions_R1[order_R]

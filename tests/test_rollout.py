@@ -290,11 +290,11 @@ def test_keys_and_values_that_stay_in_place_are_those_of_transformers_own_cache(
     rows_R, places = torch.tensor([0, 0, 1, 2, 2, 2]), set()
     held = Held(plain, rows_R, 405)
     plain.batch_select_indices(rows_R)
-    moments = {7: ([1, 3], [4, 5], [0, 4, 2, 5]), 9: ([], [], [0, 1, 2]), 150: ([0], [2], [2, 1]), 390: ([0], [1], [1])}
+    moments = {7: ({1: 4, 3: 5}, [0, 4, 2, 5]), 9: ({}, [0, 1, 2]), 150: ({0: 2}, [2, 1]), 390: ({0: 1}, [1])}
     for moment in range(400):
         if moment in moments:
-            to, of, order = moments[moment]
-            held.move(torch.tensor(to, dtype=torch.long), torch.tensor(of, dtype=torch.long), len(order))
+            moves, order = moments[moment]
+            held.move(moves, len(order))
             plain.batch_select_indices(torch.tensor(order))
         new = torch.randn(2, len(plain.keys), 2, 1, 4, generator=generator)
         wanted, found = plain.update(*new), held.update(*new)
