@@ -162,8 +162,9 @@ class _Gradients:
         if low == high:
             by_weight_VH.addmm_(low_CV.t(), scaled_CH)
             return
-        for sum_SH, some_CS in zip(by_weight_VH.split(SLICE), low_CV.split(SLICE, dim=1), strict=True):
-            sum_SH += torch.mm(some_CS.t(), scaled_CH)  # in low precision for one chunk only
+        for start in range(0, len(by_weight_VH), SLICE):
+            part = slice(start, start + SLICE)
+            by_weight_VH[part] += torch.mm(low_CV[:, part].t(), scaled_CH)  # in low precision for one chunk only
 
 
 class _Ahead:
