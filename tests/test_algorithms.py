@@ -478,6 +478,7 @@ def dr_grpo_by_hand(folder, steps, *, low=0.2, high=0.2, epochs=2):
     return advantages, losses, model.state_dict()
 
 
+@pytest.mark.slow
 def test_grape_with_one_raw_reward_model_is_dr_grpo_to_the_bit(tmp_path):
     steps = 3
     grape_rubric, plain_rubric = (judged_by_a_model(tmp_path, formula) for formula in ("grape", "weighted"))
