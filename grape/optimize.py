@@ -65,7 +65,7 @@ class Optimizer:
             self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
         self._groups = param_groups(policy.model, self.objective.value_head, config)
         self._weights: list[Tensor] = [weight for group in self._groups for weight in group["params"]]
-        self._adamw = torch.optim.AdamW([dict(group) for group in self._groups])
+        self._adamw = torch.optim.AdamW([dict(group) for group in self._groups], fused=True)
 
     def update(self, members: Sequence[Member], step: int) -> Update:
         """Train on a step's members. ``step`` counts from 1.
@@ -111,7 +111,7 @@ class Optimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict`, which is not changed."""
+        """Go on from a `state_dict`, whose tensors become its own: later updates change them."""
         try:
             self._adamw.load_state_dict(own_state(state["adamw"], self._weights))
         except ValueError as error:

@@ -138,9 +138,22 @@ def check(policy: Policy, prompts: Sequence[Sequence[int]], counts: list[int], m
 
 
 def positions(policy: Policy) -> int | None:
-    """How many tokens the model has room for, prompt and response together; None where its config does not say."""
-    room = getattr(causal_lm(policy.model).config.get_text_config(), "max_position_embeddings", None)
+    """How many tokens the model has room for, prompt and response together; None where its config does not say.
+
+    Where RoPE's frequencies change beyond a length (longrope, dynamic), that length: the longest row of a batch would
+    decide for all of it, so that a log-probability told of its neighbours.
+    """
+    config = causal_lm(policy.model).config.get_text_config()
+    room = getattr(config, "max_position_embeddings", None)
+    for rope in ropes(getattr(config, "rope_parameters", None) or {}):
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            room = rope.get("original_max_position_embeddings") or room
     return int(room) if room else None
+
+
+def ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of RoPE, which a config may give for each kind of layer."""
+    return [parameters, *(each for each in parameters.values() if isinstance(each, dict))]
 
 
 @contextmanager

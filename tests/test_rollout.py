@@ -331,6 +331,16 @@ def test_rows_go_on_as_each_would_alone(which, takes_masks, prompts, request):
                     torch.testing.assert_close(state_H, alone, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_response_ends_where_rope_would_begin_to_depend_on_its_neighbours(tmp_path, kind):
+    factors = {"long_factor": [2.0] * 8, "short_factor": [1.0] * 8} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64} | factors
+    policy = tiny_policy(tmp_path, max_position_embeddings=256, rope_parameters=rope)
+    assert len(sample(policy, [[5, 6]], responses=1, max_tokens=62, generator=torch.Generator())) == 1
+    with pytest.raises(ConfigError, match="63 after a prompt of 2 tokens exceed the model's 64 positions"):
+        sample(policy, [[5, 6]], responses=1, max_tokens=63, generator=torch.Generator())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
