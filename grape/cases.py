@@ -74,7 +74,7 @@ async def _run_cases(
     asked = load_judges(_expected_of_judges(rubric, plans), judges) if live or judges else {}
     asked = {name: judge for name, judge in asked.items() if live or judge.client == "replay"}
     results = []
-    async with Panel(make_critics(asked, None, "check", None), sandbox) as panel:
+    async with Panel(make_critics(asked, None, "check"), sandbox) as panel:
         await panel.reach()
         for number, case in enumerate(rubric.cases):
             plan = plans[f"cases.{number}"]

@@ -231,6 +231,9 @@ def convert(file: Path, from_: str, to: str, out: Path, polarity: Path | None, c
 @UNSAFE
 @click.option("--no-judges", is_flag=True, help="Leave judge items out as not applicable.")
 @click.option("--resume", is_flag=True, help="Go on with the last run of the same inputs; ask nothing twice.")
+@click.option(
+    "--rescore", is_flag=True, help="New weights, formulas, calibrations on stored verdicts: no judge is asked."
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
 def score(
     responses: Path,
@@ -244,6 +247,7 @@ def score(
     unsafe_code: bool,
     no_judges: bool,
     resume: bool,
+    rescore: bool,
     as_json: bool,
 ) -> None:
     """Judge RESPONSES (.jsonl, .jsonl.gz or .parquet) against the rubrics of their categories."""
@@ -255,7 +259,7 @@ def score(
         lambda progress: score(
             responses, rubrics=rubrics, judges=judges, log=log, out=out, checkers=checkers,
             sandbox=sandbox,
-            use_judges=not no_judges, resume=resume, progress=progress,
+            use_judges=not no_judges, resume=resume, rescore=rescore, progress=progress,
         )
     )  # fmt: skip
     if as_json:

@@ -16,9 +16,8 @@ from grape.errors import ConfigError
 from grape.judge.prompt import load_prompt
 from grape.panel import Panel
 from grape.plan import Plan
-from grape.policy import causal_lm
 from grape.resources import digest
-from grape.rollout import Finish, Rollout
+from grape.rollout import Finish, Rollout, positions
 from grape.sampler import Sampler
 from grape.types import Question, Response
 
@@ -115,7 +114,7 @@ class Collector:
     def fits(self, ids: Sequence[int], more: int | None = None) -> bool:
         """Whether a prompt leaves room for so many tokens ``more``, by default a response of the greatest length."""
         more = self._config.sampling.max_tokens if more is None else more
-        room = getattr(causal_lm(self._policy.model).config.get_text_config(), "max_position_embeddings", None)
+        room = positions(self._policy)
         return not room or len(ids) + more <= room
 
     async def answers(

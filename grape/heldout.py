@@ -15,7 +15,6 @@ from grape.config import RunConfig
 from grape.log import Log
 from grape.material import Material, read_material, run_row
 from grape.panel import Panel
-from grape.run import answered_calls
 from grape.scoring import make_critics
 from grape.step import make_step, settled_groups
 
@@ -54,9 +53,7 @@ class Heldout:
 
     async def __aenter__(self) -> Heldout:
         if self._own:
-            critics = make_critics(
-                self._material.judges, self._store, self.name, answered_calls(self._store, self.name)
-            )
+            critics = make_critics(self._material.judges, self._store, self.name)
             self._panel = await self._stack.enter_async_context(Panel(critics, self._sandbox))
         panel = self._panel or self._collector.panel
         panel.check(self._material.plans.values())

@@ -19,7 +19,7 @@ from grape.collect import Collector, sft_text
 from grape.config import QuestionsConfig, RunConfig
 from grape.errors import ConfigError, known
 from grape.item import flatten
-from grape.judge.config import Judge
+from grape.judge.config import TRANSPORT, Judge
 from grape.order import Order, keep_by_difficulty
 from grape.plan import Plan
 from grape.questions import Questions, plan_questions, read_questions, usable
@@ -27,7 +27,6 @@ from grape.records import Record, question_rows
 from grape.resources import digest, find, read_text
 from grape.rows import Rows
 from grape.rubric import Rubric, load_rubrics
-from grape.run import TRANSPORT
 from grape.scoring import load_judges
 
 
@@ -131,7 +130,7 @@ def identity(config: RunConfig, material: Material) -> dict[str, str]:
     for name in prompts:
         parts[f"prompt {name}"] = digest(read_text(find("prompts", name)))
     for name, judge in material.judges.items():
-        parts[f"judge {name}"] = digest(judge.model_dump_json(exclude=TRANSPORT))
+        parts[f"judge {name}"] = digest(f"{judge.model_dump_json(exclude=TRANSPORT)} {judge.calibration or ''}")
     for file in config.checkers:
         parts[f"checkers {file}"] = digest(read_text(file))
     return parts
@@ -148,7 +147,12 @@ def run_row(name: str, kind: str, config: RunConfig, material: Material) -> Reco
         "inputs": digest(json.dumps(identity(config, material), sort_keys=True)),
         "config": json.dumps(config.model_dump()),
         "rubrics": json.dumps(rubrics),
-        "judges": json.dumps({name: {"model": j.model, "hash": j.hash} for name, j in material.judges.items()}),
+        "judges": json.dumps(
+            {
+                name: {"model": j.model, "hash": j.hash, "identity": j.identity}
+                for name, j in material.judges.items()
+            }
+        ),
         "seed": config.seed,
     }
 

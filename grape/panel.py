@@ -15,6 +15,7 @@ from grape.batch import Judged, fails_gate
 from grape.checkers import check_response, registry
 from grape.item import Item
 from grape.judge.critic import Critic
+from grape.judge.jury import Jury
 from grape.judge.reward_model import RewardModel
 from grape.plan import Plan
 from grape.types import Outcome, Question, Response, Verdict
@@ -33,7 +34,7 @@ class Panel:
     owns its critics and closes them.
     """
 
-    def __init__(self, critics: Mapping[str, Critic], sandbox: Sandbox | None = None) -> None:
+    def __init__(self, critics: Mapping[str, Critic | Jury], sandbox: Sandbox | None = None) -> None:
         self._critics = critics
         self._sandbox = sandbox
         self._reward_models: dict[str, RewardModel] = {}
@@ -66,7 +67,7 @@ class Panel:
     @property
     def width(self) -> int:
         """How many responses are worth having in hand: enough to keep every judge and thread busy."""
-        return 2 * (self._num_threads + sum(critic.judge.concurrency for critic in self._critics.values()))
+        return 2 * (self._num_threads + sum(critic.width for critic in self._critics.values()))
 
     async def judge(self, plan: Plan, response: Response) -> Judged:
         """One verdict for each leaf of the plan."""
@@ -127,7 +128,7 @@ class Panel:
 
         return await asyncio.get_running_loop().run_in_executor(self._threads, check) if items else []
 
-    def _models(self) -> list[Critic | RewardModel]:
+    def _models(self) -> list[Critic | Jury | RewardModel]:
         return [*self._critics.values(), *self._reward_models.values()]
 
     def _reward_model(self, name: str) -> RewardModel:

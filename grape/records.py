@@ -113,6 +113,7 @@ def verdict_rows(
             "score": verdict.score,
             "raw": verdict.raw,
             "confidence": verdict.confidence,
+            "stated": verdict.stated,
             "mean_confidence": settled.confidence.get(item.id),
             "imputed": item.id in settled.imputed,
             "imputed_score": settled.imputed.get(item.id),

@@ -60,7 +60,8 @@ class Rollout:
     """One sampled response: ``group`` is the place of its prompt, ``member`` its own place in the group.
 
     ``token_ids`` ends with the stop token where ``finish`` is "stop"; ``logprobs`` has one natural logarithm for each.
-    ``text`` is without control tokens. Plain immutable data: any thread may keep it.
+    ``text`` is without control tokens. ``likeliest`` has for each token those that were likeliest there, with their
+    log-probabilities, where it was asked for. Plain immutable data: any thread may keep it.
     """
 
     group: int
@@ -69,6 +70,7 @@ class Rollout:
     logprobs: tuple[float, ...]
     finish: Finish
     text: str
+    likeliest: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 def sample(
@@ -80,6 +82,7 @@ def sample(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     sampling: Sampling = Sampling(),
     on_response: Callable[[Rollout], None] | None = None,
+    likeliest: int = 0,
 ) -> list[Rollout]:
     """``responses`` responses to each prompt (or one count per prompt), in order of group and member.
 
@@ -90,12 +93,13 @@ def sample(
     ``on_response`` gets each rollout once, the moment it finishes, while the others are still being sampled. It is
     called in the thread of `sample` and holds it up, so it should hand over and return: ``queue.SimpleQueue.put``, or
     ``loop.call_soon_threadsafe(...)`` when `sample` runs in a thread beside an event loop. What it raises ends the
-    sampling and is passed on.
+    sampling and is passed on. ``likeliest`` asks for so many tokens beside each that is drawn.
     """
     counts = [responses] * len(prompts) if isinstance(responses, int) else list(responses)
     check(policy, prompts, counts, max_tokens)
     places = [(group, member) for group, count in enumerate(counts) for member in range(count)]
     done: dict[tuple[int, int], Rollout] = {}
+    best: dict[tuple[int, int], list[tuple[tuple[int, float], ...]]] = {place: [] for place in places}
 
     def finish(place: tuple[int, int], tokens: list[int], logprobs: list[float], reason: Finish) -> None:
         text = policy.tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -106,13 +110,18 @@ def sample(
             logprobs=tuple(logprobs),
             finish=reason,
             text=text,
+            likeliest=tuple(best[place]),
         )
         if on_response is not None:
             on_response(done[place])
 
     def drawn(logits_RV: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
-        likeliest = sampling.temperature == 0  # which takes no random number
-        uniform_R = logits_RV.new_zeros(0) if likeliest else uniform(numbers, logits_RV.device, generator)
+        if likeliest:
+            top = logits_RV.log_softmax(-1).topk(min(likeliest, logits_RV.shape[1]))
+            for number, tokens, logprobs in zip(numbers, top.indices.tolist(), top.values.tolist(), strict=True):
+                best[places[number]].append(tuple(zip(tokens, logprobs, strict=True)))
+        greedy = sampling.temperature == 0  # which takes no random number
+        uniform_R = logits_RV.new_zeros(0) if greedy else uniform(numbers, logits_RV.device, generator)
         return draw(logits_RV, sampling, uniform_R)
 
     if places:

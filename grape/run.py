@@ -8,7 +8,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -16,8 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from grape.errors import ConfigError
-from grape.judge.call import CallRecord
-from grape.judge.config import Judge
+from grape.judge.config import TRANSPORT, Judge
 from grape.log import Log, spool_folder
 from grape.plan import Plan
 from grape.records import Record, dump, item_record, question_rows, response_rows
@@ -26,7 +25,6 @@ from grape.rows import Rows
 from grape.rubric import Rubric
 
 logger = logging.getLogger("grape")
-TRANSPORT = {"endpoint", "api_key", "timeout", "retries", "concurrency", "price"}  # how a judge is asked, not what
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +39,6 @@ class Run:
     name: str = ""
     known: bool = False
     finished: bool = False
-    answered: Mapping[str, CallRecord] | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -59,14 +56,17 @@ class Run:
         return replace(self, name=found[0][0], known=True)
 
     def answered_so_far(self, log: Log) -> Run:
-        """The run with what the log has of it, once nobody else is at it."""
+        """The run, and whether the log has all of it, once nobody else is at it."""
         ((finished,),) = log.query("select count(*) > 0 from steps where run = ?", [self.name])
-        return replace(self, finished=finished, answered=answered_calls(log, self.name))
+        return replace(self, finished=finished)
 
     def opening(self) -> dict[str, list[Record]]:
         """The rows that a run begins with."""
         rubrics = {c: {"rubric": r.rubric, "version": r.version, "hash": r.hash} for c, r in self.rubrics.items()}
-        judges = {name: {"model": judge.model, "hash": judge.hash} for name, judge in self.judges.items()}
+        judges = {
+            name: {"model": judge.model, "hash": judge.hash, "identity": judge.identity}
+            for name, judge in self.judges.items()
+        }
         run = {
             "run": self.name,
             "kind": "score",
@@ -84,14 +84,6 @@ class Run:
 def new_name() -> str:
     """A name that no other run in any log has, in the order of time."""
     return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid4().hex[:6]}"
-
-
-def answered_calls(log: Log, run: str) -> dict[str, CallRecord]:
-    """The replies that a run has got so far, by call key."""
-    columns = ["call", *(field.name for field in fields(CallRecord))]
-    # a call that failed and was asked again has several rows: the last one stands
-    rows = log.query(f"select {', '.join(columns)} from judge_calls where run = ? order by rowid", [run])
-    return {row[0]: CallRecord.from_row(dict(zip(columns, row, strict=True))) for row in rows}
 
 
 @contextmanager
@@ -151,7 +143,10 @@ def fingerprint(
         total.update(json.dumps([*ids, response.text, response.metadata], default=str).encode())
     parts = [
         *{plan.rubric.hash for plan in plans.values()},
-        *(f"{name} {judge.model_dump_json(exclude=TRANSPORT)}" for name, judge in judges.items()),
+        *(
+            f"{name} {judge.model_dump_json(exclude=TRANSPORT)} {judge.calibration or ''}"
+            for name, judge in judges.items()
+        ),
     ]
     parts += [digest(read_text(file)) for file in checkers]
     total.update(json.dumps(sorted(parts)).encode())

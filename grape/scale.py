@@ -58,6 +58,16 @@ class Scale:
         quoted = ", ".join(f'"{label}"' for label in self.labels)
         return f"one of these labels: {quoted}" + (" (from worst to best)" if self.kind == "ordinal" else "")
 
+    def schema(self) -> dict[str, Any]:
+        """The JSON schema of an answer."""
+        if self.kind == "binary":
+            return {"type": "integer", "enum": [0, 1]}
+        if self.kind in {"ordinal", "choices"}:
+            return {"type": "string", "enum": list(self.labels)}
+        if self.kind == "likert" and all(value == int(value) for value in self.values):
+            return {"type": "integer", "minimum": int(self.low), "maximum": int(self.high)}
+        return {"type": "number", "minimum": self.low, "maximum": self.high}
+
     def dump(self) -> Any:
         """The scale as it stands in YAML."""
         if self.kind in {"unit", "binary"}:

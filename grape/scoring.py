@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from grape.batch import settle
 from grape.checkers import load_checkers
 from grape.errors import ConfigError, known
-from grape.judge.call import CallRecord
 from grape.judge.config import Judge, load_judge
 from grape.judge.critic import Critic
+from grape.judge.jury import Jury
+from grape.judge.memory import Memory
 from grape.log import Log
 from grape.panel import Panel, Progress
 from grape.plan import Plan, plan_rows
@@ -49,6 +50,7 @@ async def score(
     sandbox: Sandbox | None = None,
     use_judges: bool = True,
     resume: bool = False,
+    rescore: bool = False,
     baseline: Baseline = "group_mean",
     scale: Scale = "none",
     progress: Progress | None = None,
@@ -57,15 +59,17 @@ async def score(
 
     ``responses`` is a JSONL or Parquet file, or mappings (a `datasets.Dataset`, say). ``judges`` maps names used in
     rubrics to judge files. With ``log`` every verdict, judge call, reward and advantage is stored in that DuckDB file;
-    ``resume`` takes up the last run of the same inputs in it, and asks nothing again that was answered. ``out`` gets
-    the records as JSON lines. ``use_judges=False`` leaves items of judges and reward models out as not applicable.
+    what a judge has answered there in any run is not asked again. ``resume`` takes up the last run of the same inputs;
+    ``rescore`` asks no judge at all: new weights, formulas and calibrations on stored verdicts. ``out`` gets the
+    records as JSON lines. ``use_judges=False`` leaves items of judges and reward models out as not applicable.
     Programs run in ``sandbox`` (default: confined on this machine).
 
     A record holds `response_id, question_id, category, reward` (None if unscorable), `advantage` and `items`.
     Raises `ConfigError`, before any work, for a wrong file, row or judge.
     """
-    if resume and log is None:
-        raise ConfigError("resume: a log is needed to resume from")
+    for name, asked in (("resume", resume), ("rescore", rescore)):
+        if asked and log is None:
+            raise ConfigError(f"{name}: a log is needed to {name} from")
     advantage([0.0], [0], baseline=baseline, scale=scale)  # a wrong word is an error now, not after the judging
     if out is not None:
         check_out(out, [file for file in (responses, log) if isinstance(file, str | Path)])
@@ -97,7 +101,9 @@ async def score(
             if out is not None:
                 write_lines(out, records)
             return records
-        panel = await stack.enter_async_context(Panel(make_critics(loaded, store, run.name, run.answered), sandbox))
+        panel = await stack.enter_async_context(
+            Panel(make_critics(loaded, store, run.name, stored_only=rescore), sandbox)
+        )
         panel.check(plans.values())
         await panel.reach()
         if store and not run.known:
@@ -144,18 +150,26 @@ def load_judges(
             continue
         given = files.get(name, name)
         loaded[name] = given if isinstance(given, Judge) else _load_judge(name, given, asker)
-        if (fallback := loaded[name].fallback) is not None:
-            queue.append((fallback, f"judge {name!r}"))
+        queue += [(other, f"judge {name!r}") for other in _asks(loaded[name])]
     asked = {leaf.judge for plan in plans for leaf in plan.leaves if leaf.judge} | set(loaded)
     if (unused := sorted(set(files) - asked)) and not spare:
         raise ConfigError(f"judge {unused[0]!r}: no item asks it; {known(asked, unused[0])}")
     for name in loaded:
-        chain = [name]
-        while (following := loaded[chain[-1]].fallback) is not None:
-            if following in chain:
-                raise ConfigError(f"judge {name!r}: fallback: {' -> '.join([*chain, following])} goes in a circle")
-            chain.append(following)
+        _no_circle(loaded, [name])
     return loaded
+
+
+def _asks(judge: Judge) -> list[str]:
+    """The other judges that a judge asks."""
+    return [*(judge.judges or []), *([judge.fallback] if judge.fallback else [])]
+
+
+def _no_circle(loaded: Mapping[str, Judge], chain: list[str]) -> None:
+    for following in _asks(loaded[chain[-1]]):
+        if following in chain:
+            field = "fallback" if following == loaded[chain[-1]].fallback else "judges"
+            raise ConfigError(f"judge {chain[0]!r}: {field}: {' -> '.join([*chain, following])} goes in a circle")
+        _no_circle(loaded, [*chain, following])
 
 
 def _load_judge(name: str, given: str | Path, asker: str) -> Judge:
@@ -168,26 +182,27 @@ def _load_judge(name: str, given: str | Path, asker: str) -> Judge:
 
 
 def make_critics(
-    judges: Mapping[str, Judge], log: Log | None, run: str, answered: Mapping[str, CallRecord] | None
-) -> dict[str, Critic]:
-    """A critic for each judge, its fallback's made before it, all recording their calls in the log."""
+    judges: Mapping[str, Judge], log: Log | None, run: str, *, stored_only: bool = False
+) -> dict[str, Critic | Jury]:
+    """A critic for each judge, its fallback's and its members' made before it, all recording their calls in the log."""
     secret = log.secret if log else os.urandom(32)
-    critics: dict[str, Critic] = {}
+    memory = Memory(log, run, failures=stored_only) if log else None
+    critics: dict[str, Critic | Jury] = {}
 
     def record(row: Record) -> None:
         if log:
             log.append(judge_calls=[{**row, "run": run}])
 
-    def make(name: str) -> Critic:
+    def make(name: str) -> Critic | Jury:
         if name not in critics:
-            fallback = judges[name].fallback
-            critics[name] = Critic(
-                judges[name],
-                secret=secret,
-                record=record,
-                answered=answered or {},
-                fallback=make(fallback) if fallback else None,
-            )
+            judge = judges[name]
+            fallback = make(judge.fallback) if judge.fallback else None
+            if judge.judges:
+                critics[name] = Jury(judge, [make(member) for member in judge.judges], fallback)
+            else:
+                critics[name] = Critic(
+                    judge, secret=secret, record=record, memory=memory, stored_only=stored_only, fallback=fallback
+                )
         return critics[name]
 
     for name in judges:

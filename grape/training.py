@@ -26,7 +26,7 @@ from grape.optimize import Update
 from grape.order import Order
 from grape.panel import Panel
 from grape.ranks import Ranks
-from grape.run import answered_calls, hold, new_name
+from grape.run import hold, new_name
 from grape.scoring import make_critics
 from grape.step import Step, make_step, settled_groups
 
@@ -94,8 +94,7 @@ async def train(
         begun = begun.looked_up(resume)
         ranks.say(begun.saved)
         learner = Learner(config, accelerator, begun.saved)
-        answered = answered_calls(store, begun.name) if resume else None
-        critics = make_critics(begun.material.judges, store, begun.name, answered)
+        critics = make_critics(begun.material.judges, store, begun.name)
         panel = await stack.enter_async_context(Panel(critics, sandbox))
         panel.check(begun.material.plans.values())
         await panel.reach()

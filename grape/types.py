@@ -99,7 +99,8 @@ class Verdict:
 
     A judge or checker that fails yields an ``outcome`` other than "ok" and no score, never a score of zero: a failed
     measurement says nothing about the response. ``score`` is on [0, 1] before polarity; ``raw`` is the judge's own
-    label. ``calls`` are the keys of the judge calls behind it.
+    label. ``stated`` is the confidence as the judge gave it, ``confidence`` what its calibration makes of it (the same
+    where it has none). ``calls`` are the keys of the judge calls behind it.
     """
 
     item: str
@@ -107,6 +108,7 @@ class Verdict:
     score: float | None = None
     raw: str | None = None
     confidence: float | None = None
+    stated: float | None = None
     reasoning: str | None = None
     critique: str | None = None
     detail: str | None = None

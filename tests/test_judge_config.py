@@ -8,6 +8,12 @@ from grape.errors import ConfigError
 from grape.judge.config import load_judge
 from grape.resources import digest
 
+
+def addresses(judge):
+    return [endpoint.url for endpoint in judge.endpoints]
+
+
+JURY = "judge: j\nclient: jury\njudges: [a, b]\n"
 MINIMAL = "judge: j\nendpoint: http://localhost:1/v1\nmodel: m\n"
 LOCAL = "judge: j\nclient: transformers\nmodel: m\n"
 
@@ -20,7 +26,12 @@ def judge(tmp_path, text):
 
 def test_three_lines_are_a_judge(tmp_path):
     got = judge(tmp_path, MINIMAL)
-    assert (got.client, got.endpoints, got.key, got.model_name) == ("openai", ["http://localhost:1/v1"], None, "m")
+    assert (got.client, addresses(got), got.endpoints[0].api_key, got.model_name) == (
+        "openai",
+        ["http://localhost:1/v1"],
+        None,
+        "m",
+    )
     assert got.sampling.params() == {"temperature": 0.0, "max_tokens": 1024}
     assert (got.confidence, got.timeout, got.retries, got.concurrency, got.prompt) == ("verbal", 60.0, 3, 64, "score")
     assert (got.source, got.hash) == (str(tmp_path / "j.yaml"), digest(MINIMAL))
@@ -54,13 +65,37 @@ concurrency: 2
 x-owner: us
 """,
     )
-    assert (got.endpoints, got.key, got.model_name) == (["http://a:1/v1", "https://b/v1"], "k-1", "m-2")
+    assert (addresses(got), got.endpoints[1].api_key, got.model_name) == (
+        ["http://a:1/v1", "https://b/v1"],
+        "k-1",
+        "m-2",
+    )
     assert got.sampling.params() == {
         "temperature": 0.5, "top_p": 0.9, "max_tokens": 5, "seed": 1, "stop": ["END"], "extra_body": {"top_k": 3},
     }  # fmt: skip
     assert got.price is not None
     assert (got.price.input, got.price.output, got.fallback, got.extensions) == (0.15, 0.6, "second", {"x-owner": "us"})
     assert "k-1" not in repr(got)
+
+
+def test_an_address_may_have_limits_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("OTHER", "k-2")
+    got = judge(
+        tmp_path,
+        """\
+judge: j
+model: m
+api_key: k-1
+timeout: 9
+requests_per_minute: 60
+endpoint: [http://a/v1, {url: http://b/v1, api_key: $OTHER, concurrency: 3, timeout: 5, tokens_per_minute: 1000}]
+""",
+    )
+    first, second = got.endpoints
+    assert (first.api_key, first.timeout, first.concurrency, first.requests_per_minute) == ("k-1", 9, 64, 60)
+    assert first.tokens_per_minute is None
+    assert (second.api_key, second.timeout, second.concurrency, second.requests_per_minute) == ("k-2", 5, 3, 60)
+    assert second.tokens_per_minute == 1000
 
 
 def test_null_leaves_a_field_of_the_sampling_out(tmp_path):
@@ -76,11 +111,32 @@ def test_null_leaves_a_field_of_the_sampling_out(tmp_path):
         (MINIMAL + "client: vllm", "client: 'vllm' is not available in this version; available: openai, "),
         (
             MINIMAL + "client: opanai",
-            "client: no client 'opanai'; did you mean 'openai'? known: openai, replay, transformers",
+            "client: no client 'opanai'; did you mean 'openai'? known: jury, openai, replay, ",
         ),
-        (MINIMAL + "confidence: logprob", "confidence: 'logprob' goes only with client: transformers"),
-        (MINIMAL + "confidence: votes", "confidence: 'votes' is not available in this version; available: verbal, "),
-        (MINIMAL + "confidence: high", "confidence: no confidence 'high'; known: logprob, none, verbal"),
+        (LOCAL.replace("j\n", "j\nconfidence: votes\n", 1), "sampling.temperature: votes need one above 0"),
+        (MINIMAL + "confidence: votes", "sampling.temperature: votes need one above 0: without, one reply is repeated"),
+        (MINIMAL + "confidence: agreement", "confidence: 'agreement' does not go with client 'openai'"),
+        (MINIMAL + "confidence: high", "confidence: no confidence 'high'; known: agreement, logprob, none, verbal, vo"),
+        (MINIMAL + "votes: 3", "votes: goes only with confidence: votes"),
+        (MINIMAL + "aggregate: median", "aggregate: goes only with confidence: votes, logprob or agreement"),
+        (MINIMAL + "budget: {}", "budget: needs tokens or cost"),
+        (MINIMAL + "budget: {tokens: 0}", "budget.tokens: Input should be greater than or equal to 1 (got 0)"),
+        (MINIMAL + "requests_per_minute: 0", "requests_per_minute: Input should be greater than or equal to 1 (got 0)"),
+        (MINIMAL + "json_schema: maybe", "json_schema: Input should be 'auto', 'always' or 'never' (got 'maybe')"),
+        (LOCAL + "json_schema: auto", "json_schema: goes only with client: openai or replay"),
+        ("judge: j\nclient: jury", "judges: client 'jury' needs it"),
+        (JURY + "model: m", "model: does not go with client: jury; each of its judges has its own"),
+        (JURY + "confidence: verbal", "confidence: 'verbal' does not go with client 'jury'"),
+        ("judge: j\nclient: jury\njudges: [a]", "judges: List should have at least 2 items after validation, not 1"),
+        ("judge: j\nmodel: m\nendpoint: [http://a/v1, http://a/v1]", "endpoint: an address stands twice"),
+        (
+            "judge: j\nmodel: m\nendpoint: [{url: http://a/v1, rpm: 3}]",
+            "endpoint.0.rpm: Extra inputs are not permitted",
+        ),
+        (
+            "judge: j\nclient: replay\nreplies: r\nconfidence: logprob",
+            "confidence: 'logprob' does not go with client 'replay', which stores no probabilities",
+        ),
         (MINIMAL + "batch: 2", "batch: goes only with client: transformers"),
         (MINIMAL + "dtype: float32", "dtype: goes only with client: transformers"),
         ("judge: j\nclient: transformers", "model: client 'transformers' needs it"),
@@ -116,7 +172,7 @@ def test_null_leaves_a_field_of_the_sampling_out(tmp_path):
         ),
         (
             "judge: j\nclient: replay\nreplies: r\nparser: rating\nconfidence: verbal",
-            "confidence: 'verbal' is not available with parser 'rating'; use none",
+            "confidence: 'verbal' is not available with parser 'rating'; use none or votes",
         ),
         ("- a", "Input should be a valid dictionary or instance of Judge"),
     ],
@@ -137,14 +193,14 @@ def test_a_variable_that_is_not_set_is_named_with_its_file_and_field(tmp_path, m
     lines = {"judge": "j", "endpoint": "http://a/v1", "model": "m", field: "$ABSENT"}
     got = judge(tmp_path, "\n".join(f"{key}: {value}" for key, value in lines.items()))
     with pytest.raises(ConfigError) as caught:
-        print(got.key, got.model_name, got.endpoints)
+        print(got.model_name, got.endpoints)
     assert str(caught.value) == f"{tmp_path}/j.yaml: {field}: environment variable ABSENT is not set"
 
 
 def test_a_key_that_no_header_can_carry_is_the_users_error(tmp_path, monkeypatch):
     monkeypatch.setenv("KEY", "a\nb")
     with pytest.raises(ConfigError, match="api_key: holds characters that no HTTP header can carry"):
-        assert judge(tmp_path, MINIMAL + "api_key: $KEY").key is None
+        assert judge(tmp_path, MINIMAL + "api_key: $KEY").endpoints is None
 
 
 def test_stored_ratings_state_no_confidence(tmp_path):
@@ -155,5 +211,5 @@ def test_the_shipped_judges_load():
     shipped = {path.stem: load_judge(path) for path in Path("judges").glob("*.yaml")}
     assert {"default", "local", "openai"} <= set(shipped)
     assert all(judge.judge == name for name, judge in shipped.items())
-    assert shipped["default"].endpoints == ["http://localhost:8000/v1"]
+    assert addresses(shipped["default"]) == ["http://localhost:8000/v1"]
     assert shipped["openai"].api_key == "$OPENAI_API_KEY"

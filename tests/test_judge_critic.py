@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections import Counter
+from tempfile import TemporaryDirectory
 
 import pytest
 from loopback import Answer, JudgeServer, user_text, verdict
@@ -14,6 +15,8 @@ from grape.judge import openai
 from grape.judge.call import CallRecord
 from grape.judge.config import parse_judge
 from grape.judge.critic import Critic
+from grape.judge.memory import Memory
+from grape.log import Log
 from grape.types import Outcome, Question, Response
 
 SECRET = b"\1" * 32
@@ -37,17 +40,23 @@ def judge(url, **fields):
     return parse_judge({"judge": "j", "model": "m", "endpoint": url, "timeout": 20, "retries": 1, **fields}, "j.yaml")
 
 
-def judge_all(server, pairs, *, answered=None, rows=None, fallback=None, question=QUESTION, **fields):
-    """The verdicts on pairs of response text and item, asked all at once. ``rows`` collects what was recorded."""
+def judge_all(server, pairs, *, known=(), rows=None, fallback=None, question=QUESTION, **fields):
+    """The verdicts on pairs of response text and item, asked all at once.
+
+    ``rows`` collects what was recorded; ``known`` are rows that the log has.
+    """
 
     async def main():
         rows_ = [] if rows is None else rows
         second = Critic(judge(fallback.url, judge="second"), secret=SECRET, record=rows_.append) if fallback else None
         config = judge(server.url, **fields)
-        async with Critic(config, secret=SECRET, record=rows_.append, answered=answered, fallback=second) as critic:
-            await critic.reach()
-            tasks = [critic.verdict(question, response(text, str(n)), i) for n, (text, i) in enumerate(pairs)]
-            return await asyncio.gather(*tasks)
+        with TemporaryDirectory() as folder, Log(f"{folder}/log.duckdb") as log:
+            log.append(judge_calls=[{**row, "run": "before"} for row in known])
+            memory = Memory(log, "now")
+            async with Critic(config, secret=SECRET, record=rows_.append, memory=memory, fallback=second) as critic:
+                await critic.reach()
+                tasks = [critic.verdict(question, response(text, str(n)), i) for n, (text, i) in enumerate(pairs)]
+                return await asyncio.gather(*tasks)
 
     return asyncio.run(main())
 
@@ -81,8 +90,8 @@ def test_the_recorded_row_has_the_columns_of_judge_calls():
     rows = []
     one(None, rows=rows)
     assert set(rows[0]) == {
-        "call", "judge", "model", "endpoint", "purpose", "messages", "sampling", "reply", "finish_reason", "outcome",
-        "detail", "attempts", "latency", "input_tokens", "output_tokens", "cost", "confidence", "created",
+        "call", "judge", "model", "endpoint", "purpose", "messages", "sampling", "sample", "reply", "finish_reason", "outcome",
+        "detail", "attempts", "latency", "input_tokens", "output_tokens", "cost", "tokens", "created",
     }  # fmt: skip
 
 
@@ -160,7 +169,7 @@ def test_64_responses_by_4_items_with_one_reply_in_ten_broken_end_typed_and_unbi
     answered = {row["call"]: CallRecord.from_row(row) for row in rows}
     asked = sum(1 for record in answered.values() if not record.answered)
     with JudgeServer(always(verdict(0.5))) as server:
-        again = judge_all(server, pairs, answered=answered)
+        again = judge_all(server, pairs, known=rows)
     assert len(server.bodies) == asked == sum(v.outcome in {Outcome.TIMEOUT, Outcome.TRANSPORT} for v in got)
     for before, after in zip(got, again, strict=True):
         assert after.outcome is (before.outcome if before.outcome not in {"timeout", "transport"} else Outcome.OK)
@@ -169,7 +178,7 @@ def test_64_responses_by_4_items_with_one_reply_in_ten_broken_end_typed_and_unbi
 def test_what_was_answered_is_not_asked_again_not_even_what_could_not_be_read():
     rows = []
     before, _ = one(always("no idea"), rows=rows)
-    after, server = one(None, answered={row["call"]: CallRecord.from_row(row) for row in rows})
+    after, server = one(None, known=rows)
     assert server.bodies == []
     assert (after.outcome, after.detail) == (Outcome.UNPARSABLE, before.detail)
     assert after.calls == before.calls

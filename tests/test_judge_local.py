@@ -4,6 +4,7 @@ import tiny  # isort: skip (before torch)
 
 import asyncio
 import json
+import math
 import subprocess
 import sys
 
@@ -18,11 +19,12 @@ import grape
 from grape.chat import chat_ids
 from grape.errors import ConfigError
 from grape.item import Item
-from grape.judge.call import CallRecord
 from grape.judge.config import load_judge
 from grape.judge.critic import Critic
-from grape.judge.local import LocalClient, score_confidence
+from grape.judge.local import LocalClient, score_tokens
+from grape.judge.memory import Memory
 from grape.judge.reply import score_span
+from grape.log import Log
 from grape.rollout import Rollout
 from grape.types import Outcome, Question, Response
 
@@ -42,20 +44,21 @@ def judges(tmp_path_factory):
     return folder
 
 
-def judge(folder, **fields):
+def judge(folder, confidence="logprob", **fields):
     settings = {"judge": "j", "client": "transformers", "model": "sure", "prompt": f"{folder}/short.jinja",
-                "sampling": {"max_tokens": 40}, "confidence": "logprob"}  # fmt: skip
+                "sampling": {"max_tokens": 40}, "confidence": confidence}  # fmt: skip
+    settings |= {"aggregate": "majority"} if confidence == "logprob" else {}
     path = folder / "j.yaml"
     path.write_text(json.dumps({**settings, **fields}))
     return load_judge(path)
 
 
-def ask(config, texts, *, rows=None, answered=None):
+def ask(config, texts, *, rows=None, memory=None):
     """The verdicts on texts, asked all at once."""
 
     async def main():
         record = [].append if rows is None else rows.append
-        async with Critic(config, secret=b"\1" * 32, record=record, answered=answered) as critic:
+        async with Critic(config, secret=b"\1" * 32, record=record, memory=memory) as critic:
             await critic.reach()
             responses = [Response(response_id=str(n), question_id="q", text=text) for n, text in enumerate(texts)]
             return await asyncio.gather(*(critic.verdict(QUESTION, response, ITEM) for response in responses))
@@ -67,18 +70,24 @@ def comparable(verdict):
     return (verdict.outcome, verdict.score, verdict.raw, verdict.confidence, verdict.reasoning, verdict.detail)
 
 
-def test_the_confidence_is_the_probability_of_the_scores_own_token(judges):
+def test_the_confidence_is_the_probability_of_the_likelier_score(judges):
     rows = []
     (got,) = ask(judge(judges), ["word"], rows=rows)
     assert (got.outcome, got.score, got.raw, got.reasoning, got.judge) == (Outcome.OK, 1.0, "met", "ok", "j")
     (row,) = rows
-    assert (row["reply"], row["finish_reason"], row["confidence"]) == (YES, "stop", got.confidence)
+    assert (row["reply"], row["finish_reason"]) == (YES, "stop")
+    ((start, token),) = row["tokens"]
+    assert (start, token[0][0], len(token)) == (YES.index("1"), "1", 20)
     tokenizer, model = (kind.from_pretrained(judges / "sure") for kind in (AutoTokenizer, AutoModelForCausalLM))
     prompt = chat_ids(tokenizer, json.loads(row["messages"]), "here")
     ids = prompt + tokenizer(YES[:-2], add_special_tokens=False)["input_ids"]
     with torch.no_grad():
         probability_V = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
-    assert got.confidence == pytest.approx(float(probability_V[tokenizer.convert_tokens_to_ids("1")]), rel=1e-5)
+    no, yes = (float(probability_V[tokenizer.convert_tokens_to_ids(sign)]) for sign in "01")
+    assert token[0][1] == pytest.approx(math.log(yes), abs=1e-5)
+    assert got.confidence == got.stated == pytest.approx(yes / (yes + no), rel=1e-5)
+    (mean,) = ask(judge(judges, aggregate="mean"), ["word"])
+    assert (mean.score, mean.confidence) == (pytest.approx(yes / (yes + no), rel=1e-5), got.confidence)
     assert got.confidence == pytest.approx(0.75, abs=0.05)
     assert (got.input_tokens, got.output_tokens) == (len(prompt), 4)  # head, score, brace, end
 
@@ -109,16 +118,16 @@ def test_sampling_is_seeded_by_the_call(judges):
     )
     assert first == again != other
     assert [score for _, score, *_ in together] == [score for _, score, *_ in first]
-    assert {1.0, 0.0} <= {score for _, score, *_ in first}
-    sure = {score: confidence for _, score, _, confidence, *_ in first if score is not None}
-    assert (sure[1.0], sure[0.0]) == (pytest.approx(0.75, abs=0.05), pytest.approx(0.25, abs=0.05))
+    assert {"met", "not met"} <= {raw for _, _, raw, *_ in first}
+    assert {score for _, score, *_ in first} == {1.0}  # the likelier one, whichever was drawn
 
 
-def test_a_stored_reply_gives_the_same_verdict_without_the_model(judges):
+def test_a_stored_reply_gives_the_same_verdict_without_the_model(judges, tmp_path):
     rows = []
     (fresh,) = ask(judge(judges), ["word"], rows=rows)
-    known = {row["call"]: CallRecord.from_row(row) for row in rows}
-    (again,) = ask(judge(judges), ["word"], answered=known, rows=(more := []))
+    with Log(tmp_path / "log.duckdb") as log:
+        log.append(judge_calls=[{**row, "run": "before"} for row in rows])
+        (again,) = ask(judge(judges), ["word"], memory=Memory(log, "now"), rows=(more := []))
     assert comparable(again) == comparable(fresh)
     assert more == []
 
@@ -134,17 +143,18 @@ def test_the_confidence_stands_in_the_log_and_a_resumed_run_asks_nothing(judges,
     ]
     assert records[0] == records[1]
     with duckdb.connect(log) as connection:
-        stored = connection.execute("select confidence from judge_calls order by confidence").fetchall()
+        stored = connection.execute("select (tokens->>'$[0][1][0][1]')::double from judge_calls order by 1").fetchall()
         given = connection.execute("select confidence from verdicts order by confidence").fetchall()
-    assert stored == given
-    assert [confidence for (confidence,) in stored] == sorted(r["items"]["i"]["confidence"] for r in records[0])
+    assert [confidence for (confidence,) in given] == sorted(r["items"]["i"]["confidence"] for r in records[0])
+    for (logprob,), (confidence,) in zip(stored, given, strict=True):
+        assert math.exp(logprob) == pytest.approx(confidence, rel=0.05)  # but for what is no score
 
 
 @pytest.mark.parametrize("confidence", ["none", "verbal"])
 def test_other_confidences_are_as_with_any_judge(judges, confidence):
     rows = []
     (got,) = ask(judge(judges, confidence=confidence), ["word"], rows=rows)
-    assert rows[0]["confidence"] is None
+    assert rows[0]["tokens"] is None
     if confidence == "none":
         assert (got.score, got.confidence) == (1.0, 1.0)
     else:
@@ -158,7 +168,7 @@ def test_a_random_model_gives_a_typed_failure_and_is_asked_again_only_where_ther
         rows = []
         (got,) = ask(judge(judges, model="random"), [text], rows=rows)
         assert (got.outcome, got.score, got.confidence) == (Outcome.UNPARSABLE, None, None)
-        assert [(row["purpose"], row["confidence"]) for row in rows] == [(purpose, None) for purpose in purposes]
+        assert [(row["purpose"], row["tokens"]) for row in rows] == [(purpose, None) for purpose in purposes]
 
 
 @pytest.mark.parametrize("size", [870, 1000])  # the prompt fits without its reply, and not at all
@@ -258,7 +268,7 @@ def test_without_torch_the_message_says_what_to_install(judges):
     code = (
         "import sys, asyncio; sys.modules['torch'] = None\n"
         "from grape.judge.config import load_judge; from grape.judge.local import LocalClient\n"
-        f"asyncio.run(LocalClient(load_judge({str(judges / 'j.yaml')!r})).reach())"
+        f"asyncio.run(LocalClient(load_judge({str(judges / 'j.yaml')!r})).reach(()))"
     )
     judge(judges)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -273,7 +283,7 @@ def said(tokenizer, text):
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Rollout(
         group=0, member=0, token_ids=tuple(ids), logprobs=tuple(-0.01 * n for n in range(len(ids))), finish="stop",
-        text=text,
+        text=text, likeliest=((),) * len(ids),
     )  # fmt: skip
 
 
@@ -294,11 +304,11 @@ def said(tokenizer, text):
 def test_the_score_is_found_where_it_stands(text, score):
     span = score_span(text)
     assert (span and text[slice(*span)]) == score
-    got = score_confidence(tiny.tiny_tokenizer(), said(tiny.tiny_tokenizer(), text))
+    got = score_tokens(tiny.tiny_tokenizer(), said(tiny.tiny_tokenizer(), text))
     if span is None:
         assert got is None
     else:
-        assert got == pytest.approx(torch.tensor([-0.01 * n for n in range(*span)], dtype=torch.float64).sum().exp())
+        assert got == [(n, [(text[n], -0.01 * n)]) for n in range(*span)]
 
 
 @given(
@@ -323,5 +333,6 @@ def test_half_a_character_counts_as_part_of_it():
     reply = said(tokenizer, text)
     start = len(text[: score_span(text)[0]].encode())
     assert len(reply.token_ids) == len(text.encode())
-    expected = sum(-0.01 * n for n in range(start, start + len('"好"'.encode())))
-    assert score_confidence(tokenizer, reply) == pytest.approx(torch.tensor(expected, dtype=torch.float64).exp())
+    got = score_tokens(tokenizer, reply)
+    assert [token[0][1] for _, token in got] == [-0.01 * n for n in range(start, start + len('"好"'.encode()))]
+    assert "".join(token[0][0] for _, token in got) == '"好"'

@@ -295,7 +295,8 @@ def test_a_log_of_the_first_schema_keeps_its_rows_and_gets_every_column_with_its
         log.append(
             responses=[{"run": "new", "control": "own", "logprob_sampled": -3.5, "logprob_trained": -4.25}],
             rewards=[{"run": "new", "penalty": -0.5, "in_baseline": False, "trained": True}],
-            judge_calls=[{"run": "new", "confidence": 0.75}],
+            judge_calls=[{"run": "new", "tokens": [[3, [["1", -0.5]]]], "sample": 2}],
+            verdicts=[{"run": "new", "stated": 0.75}],
         )
         columns = "run, response_id, route, control, logprob_sampled, logprob_trained"
         assert log.query(f"SELECT {columns} FROM responses ORDER BY run DESC") == [
@@ -306,7 +307,11 @@ def test_a_log_of_the_first_schema_keeps_its_rows_and_gets_every_column_with_its
             (0.5, {"x": 0.25}, None, None, None),
             (None, None, -0.5, False, True),
         ]
-        assert log.query("SELECT call, confidence FROM judge_calls ORDER BY run DESC") == [("k", None), (None, 0.75)]
+        assert log.query("SELECT call, tokens, sample FROM judge_calls ORDER BY run DESC") == [
+            ("k", None, None),
+            (None, '[[3,[["1",-0.5]]]]', 2),
+        ]
+        assert log.query("SELECT stated FROM verdicts") == [(0.75,)]
         dictionary = 'SELECT name, "column", type, comment FROM dictionary ORDER BY ALL'
         migrated = log.query(dictionary)
         assert log.query("SELECT schema_version FROM meta") == [(len(MIGRATIONS),)]

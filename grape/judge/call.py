@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal, Protocol
@@ -17,7 +17,11 @@ UNANSWERED = {Outcome.TIMEOUT, Outcome.TRANSPORT, Outcome.BUDGET}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One question to a judge. ``key`` names it wherever it is asked: `call_key`."""
+    """One question to a judge. ``key`` names it wherever it is asked: `call_key`.
+
+    ``schema`` is the JSON schema of the reply that is wanted, where the server can hold it to one; ``logprobs`` asks
+    for the probabilities of its tokens.
+    """
 
     key: str
     judge: str
@@ -27,6 +31,9 @@ class Call:
     sampling: Mapping[str, Any]
     response_id: str
     item: str
+    sample: int = 0
+    schema: Mapping[str, Any] | None = None
+    logprobs: bool = False
 
     def row(self, record: CallRecord) -> dict[str, Any]:
         """The row of `judge_calls`, but for its run."""
@@ -37,6 +44,7 @@ class Call:
             "purpose": self.purpose,
             "messages": json.dumps(self.messages, ensure_ascii=False),
             "sampling": json.dumps(self.sampling, sort_keys=True),
+            "sample": self.sample,
             **{field.name: getattr(record, field.name) for field in fields(record)},
             "outcome": str(record.outcome),
         }
@@ -47,7 +55,9 @@ class CallRecord:
     """What came of a call, after its retries: a reply, or the outcome that stands for its absence.
 
     ``latency`` is the sum of the attempts in seconds, without waiting in line or between them; ``cost`` is in the
-    currency of the judge's price; ``confidence`` is that of the score in the reply, where the judge gives it.
+    currency of the judge's price. ``tokens`` are those of the score in the reply, where their probabilities were asked
+    for: where in the reply each begins (in characters), and the text and log-probability of the token that was
+    written, then of those that might have been.
     """
 
     outcome: Outcome = Outcome.OK
@@ -60,7 +70,7 @@ class CallRecord:
     input_tokens: int | None = None
     output_tokens: int | None = None
     cost: float | None = None
-    confidence: float | None = None
+    tokens: Sequence[tuple[int, Sequence[tuple[str, float]]]] | None = None
     created: datetime
 
     @property
@@ -72,11 +82,21 @@ class CallRecord:
     def from_row(cls, row: Mapping[str, Any]) -> CallRecord:
         """The record in a row of `judge_calls`, whatever other columns it has."""
         values = {field.name: row[field.name] for field in fields(cls) if field.name in row}
-        return cls(**{**values, "outcome": Outcome(row["outcome"])})
+        tokens = values.get("tokens")
+        return cls(
+            **{
+                **values,
+                "outcome": Outcome(row["outcome"]),
+                "tokens": json.loads(tokens) if isinstance(tokens, str) else tokens,
+            }
+        )
 
 
 class Client(Protocol):
-    """Where a judge is asked. ``shown``: the prompts are sent (else only response and item identify the call)."""
+    """Where a judge is asked. ``shown``: the prompts are sent (else only response and item identify the call).
+
+    `reach` is told the endpoints that have answered this judge before, which need no question to try them.
+    """
 
     shown: bool
 
@@ -84,7 +104,7 @@ class Client(Protocol):
 
     def repairs(self, call: Call) -> bool: ...
 
-    async def reach(self) -> None: ...
+    async def reach(self, known: Collection[str | None]) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -96,14 +116,15 @@ def call_key(
     *,
     form: str,
     subject: Sequence[str] = (),
+    schema: Mapping[str, Any] | None = None,
     sample: int = 0,
 ) -> str:
-    """SHA-256 over all that decides a reply: model, sampling, messages, form of reply and number of the sample.
+    """SHA-256 over all that decides a reply: model, sampling, messages, form and schema of it, number of the sample.
 
     Where it is asked, with which key, and what the rubric makes of it do not count. ``subject`` stands for messages
     that are not known (stored replies).
     """
-    parts = [model, sampling, list(messages), form, list(subject), sample]
+    parts = [model, sampling, list(messages), form, list(subject), schema, sample]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

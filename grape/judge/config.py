@@ -2,92 +2,49 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PrivateAttr,
-    ValidationError,
-    WithJsonSchema,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from grape import resources
 from grape.errors import ConfigError, invalid, known
 from grape.item import Extensible
+from grape.judge.calibration import Calibration, calibration_path, load_calibration
 from grape.judge.reply import PARSERS
+from grape.judge.request import Budget, Endpoint, PerMinute, Price, Sampling, Seconds, addresses, is_url
+from grape.judge.spread import Aggregate
 from grape.types import Name, Strict
 
-CLIENTS = ("openai", "transformers", "replay")
+CLIENTS = ("openai", "transformers", "replay", "jury")
 CLIENTS_TO_COME = ("vllm",)
-CONFIDENCES = ("verbal", "logprob", "none")
-CONFIDENCES_TO_COME = ("votes", "agreement")
-NEEDS = {"openai": ("endpoint", "model"), "transformers": ("model",), "replay": ("replies",)}
-GOES_ONLY_WITH = {"replay": ("parser", "replies"), "transformers": ("batch", "dtype")}
+CONFIDENCES = ("verbal", "logprob", "votes", "agreement", "none")
+NEEDS = {"openai": ("endpoint", "model"), "transformers": ("model",), "replay": ("replies",), "jury": ("judges",)}
+GOES_ONLY_WITH = {
+    "parser": ("replay",),
+    "replies": ("replay",),
+    "batch": ("transformers",),
+    "dtype": ("transformers",),
+    "budget": ("openai",),
+    "endpoint": ("openai",),
+    "json_schema": ("openai", "replay"),
+    "judges": ("jury",),
+    "requests_per_minute": ("openai",),
+    "tokens_per_minute": ("openai",),
+}
+NOT_WITH = {"jury": ("api_key", "concurrency", "model", "prompt", "retries", "sampling", "timeout", "price")}
 SAMPLING_HERE = {"temperature", "top_p", "max_tokens", "seed"}  # of client transformers
+# How a judge is asked, not what: it decides neither what a run is nor whether a calibration still holds.
+TRANSPORT = {
+    "endpoint", "api_key", "timeout", "retries", "concurrency", "price", "budget", "requests_per_minute",
+    "tokens_per_minute",
+}  # fmt: skip
 VARIABLE = re.compile(r"\$(?:\{([A-Za-z_]\w*)\}|([A-Za-z_]\w*))", re.ASCII)
-RESERVED = {"model", "messages", "stream", "n"}  # what the client itself decides
-
 NO_URL = "is not an address such as http://localhost:8000/v1"
-
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-
-
-ONE_OR_MANY = WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})
-
-
-def _many(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class Sampling(Strict):
-    """What is sent beside the messages, in the server's own words; null leaves a field out of the request."""
-
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = 1024
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    seed: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_many), ONE_OR_MANY] | None = None
-    reasoning_effort: str | None = None
-    extra_body: dict[str, Any] = {}
-
-    @field_validator("extra_body")
-    @classmethod
-    def _plain(cls, body: dict[str, Any]) -> dict[str, Any]:
-        if taken := sorted(RESERVED & set(body)):
-            raise ValueError(f"{taken[0]!r} is set by the judge itself")
-        try:
-            json.dumps(body, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"not plain data: {error}") from None
-        return body
-
-    def params(self) -> dict[str, Any]:
-        """The request's fields, without those that are left out."""
-        params = {key: value for key, value in self.model_dump().items() if value is not None and value != {}}
-        if "max_completion_tokens" in params and "max_tokens" not in self.model_fields_set:
-            params.pop("max_tokens", None)  # two names for one limit: the one that was asked for
-        return params
-
-
-class Price(Strict):
-    """What a million tokens cost."""
-
-    input: Amount = 0.0
-    output: Amount = 0.0
 
 
 class Judge(Extensible):
@@ -99,28 +56,40 @@ class Judge(Extensible):
 
     judge: Name
     client: str = Field("openai", json_schema_extra={"enum": list(CLIENTS)})
-    endpoint: Annotated[list[str], Field(min_length=1), BeforeValidator(_many), ONE_OR_MANY] | None = None
+    endpoint: Annotated[list[Endpoint], Field(min_length=1), BeforeValidator(addresses)] | None = None
     api_key: str | None = None
     model: str | None = None
     prompt: str = "score"
     sampling: Sampling = Sampling()
+    json_schema: Literal["auto", "always", "never"] = "auto"
     confidence: str = Field("verbal", json_schema_extra={"enum": list(CONFIDENCES)})
+    votes: Annotated[int, Field(ge=2, le=1000)] = 5
+    aggregate: Aggregate = "mean"
+    judges: Annotated[list[Name], Field(min_length=2)] | None = None
     timeout: Seconds = 60.0
     retries: Annotated[int, Field(ge=0, le=100)] = 3
     fallback: Name | None = None
     price: Price | None = None
+    budget: Budget | None = None
     concurrency: Annotated[int, Field(ge=1)] = 64
+    requests_per_minute: PerMinute | None = None
+    tokens_per_minute: PerMinute | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     batch: Annotated[int, Field(ge=1)] = 1
     replies: str | None = None
     parser: Literal["json", "rating", "label"] = "json"
     _source: str = PrivateAttr("")
     _hash: str = PrivateAttr("")
+    _calibration: Calibration | None = PrivateAttr(None)
 
     @model_validator(mode="before")
     @classmethod
     def _default_confidence(cls, data: Any) -> Any:
-        parser = data.get("parser") if isinstance(data, Mapping) else None
+        if not isinstance(data, Mapping):
+            return data
+        if data.get("client") == "jury":
+            return {"confidence": "agreement", **data}
+        parser = data.get("parser")
         foreign = isinstance(parser, str) and parser in PARSERS and parser != "json"
         return {"confidence": "none", **data} if foreign else data  # such replies state none
 
@@ -132,23 +101,27 @@ class Judge(Extensible):
     @field_validator("confidence")
     @classmethod
     def _confidence(cls, name: str) -> str:
-        return _offered("confidence", name, CONFIDENCES, CONFIDENCES_TO_COME)
+        return _offered("confidence", name, CONFIDENCES, ())
 
     @field_validator("endpoint")
     @classmethod
-    def _endpoint(cls, urls: list[str] | None) -> list[str] | None:
-        for url in urls or []:
-            if not url.startswith("$") and not _is_url(url):
-                raise ValueError(f"{url!r} {NO_URL}")
-        return urls
+    def _endpoint(cls, endpoints: list[Endpoint] | None) -> list[Endpoint] | None:
+        for endpoint in endpoints or []:
+            if not endpoint.url.startswith("$") and not is_url(endpoint.url):
+                raise ValueError(f"{endpoint.url!r} {NO_URL}")
+        if len({endpoint.url for endpoint in endpoints or []}) < len(endpoints or []):
+            raise ValueError("an address stands twice")
+        return endpoints
 
     @model_validator(mode="after")
     def _complete(self) -> Judge:
         if missing := [field for field in NEEDS[self.client] if getattr(self, field) is None]:
             raise ValueError(f".{missing[0]}: client {self.client!r} needs it")
-        for client, fields in GOES_ONLY_WITH.items():
-            if self.client != client and (extra := sorted(self.model_fields_set.intersection(fields))):
-                raise ValueError(f".{extra[0]}: goes only with client: {client}")
+        for field, clients in GOES_ONLY_WITH.items():
+            if field in self.model_fields_set and self.client not in clients:
+                raise ValueError(f".{field}: goes only with client: {' or '.join(clients)}")
+        if extra := sorted(self.model_fields_set.intersection(NOT_WITH.get(self.client, ()))):
+            raise ValueError(f".{extra[0]}: does not go with client: {self.client}; each of its judges has its own")
         if self.client == "transformers":
             if unknown := sorted(set(self.sampling.params()) - SAMPLING_HERE):
                 raise ValueError(
@@ -156,15 +129,37 @@ class Judge(Extensible):
                 )
             if self.sampling.max_tokens is None:
                 raise ValueError(f".sampling.max_tokens: client {self.client!r} needs it")
-        elif self.confidence == "logprob":
-            raise ValueError(".confidence: 'logprob' goes only with client: transformers")
-        if self.parser != "json" and self.confidence != "none":
-            raise ValueError(f".confidence: {self.confidence!r} is not available with parser {self.parser!r}; use none")
-        for field, values in {"endpoint": self.endpoint, "api_key": [self.api_key], "model": [self.model]}.items():
-            for value in values or []:
-                if value and value.startswith("$") and not VARIABLE.fullmatch(value):
-                    raise ValueError(f".{field}: {value!r} is not the name of an environment variable")
+        self._sure()
+        for name, value in self._outside():
+            if value and value.startswith("$") and not VARIABLE.fullmatch(value):
+                raise ValueError(f".{name}: {value!r} is not the name of an environment variable")
         return self
+
+    def _sure(self) -> None:
+        """See that the confidence that is asked for can be had (ValueError)."""
+        if (self.confidence == "agreement") != (self.client == "jury") and self.confidence != "none":
+            raise ValueError(f".confidence: {self.confidence!r} does not go with client {self.client!r}")
+        if self.confidence == "logprob" and self.client == "replay":
+            raise ValueError(".confidence: 'logprob' does not go with client 'replay', which stores no probabilities")
+        if self.parser != "json" and self.confidence not in {"none", "votes"}:
+            raise ValueError(
+                f".confidence: {self.confidence!r} is not available with parser {self.parser!r}; use none or votes"
+            )
+        if "votes" in self.model_fields_set and self.confidence != "votes":
+            raise ValueError(".votes: goes only with confidence: votes")
+        if self.confidence == "votes" and self.client != "replay" and not self.sampling.temperature:
+            raise ValueError(
+                ".sampling.temperature: votes need one above 0: without, one reply is repeated, and its agreement with "
+                "itself is no confidence"
+            )
+        if "aggregate" in self.model_fields_set and self.confidence not in {"votes", "logprob", "agreement"}:
+            raise ValueError(".aggregate: goes only with confidence: votes, logprob or agreement")
+
+    def _outside(self) -> list[tuple[str, str | None]]:
+        """The fields that may name a variable of the environment, with their values."""
+        endpoints = self.endpoint or []
+        own = [("api_key", self.api_key), ("model", self.model)]
+        return [("endpoint", one.url) for one in endpoints] + [("api_key", one.api_key) for one in endpoints] + own
 
     @property
     def source(self) -> str:
@@ -177,21 +172,23 @@ class Judge(Extensible):
         return self._hash
 
     @property
-    def endpoints(self) -> list[str]:
-        """The addresses, variables filled in (ConfigError where one is not set)."""
-        urls = [self._fill("endpoint", url) for url in self.endpoint or []]
-        for url in urls:
-            if not _is_url(url):
-                raise ConfigError(f"{self.source}: endpoint: {url!r} {NO_URL}")
-        return urls
+    def endpoints(self) -> list[Endpoint]:
+        """The addresses with all that holds for each, variables filled in (ConfigError where one is not set)."""
+        return [self._filled(endpoint) for endpoint in self.endpoint or []]
 
-    @property
-    def key(self) -> str | None:
-        """The API key, the variable filled in (ConfigError where it is not set). Never logged."""
-        key = None if self.api_key is None else self._fill("api_key", self.api_key)
+    def _filled(self, endpoint: Endpoint) -> Endpoint:
+        url = self._fill("endpoint", endpoint.url)
+        if not is_url(url):
+            raise ConfigError(f"{self.source}: endpoint: {url!r} {NO_URL}")
+        key = self.api_key if endpoint.api_key is None else endpoint.api_key
+        key = None if key is None else self._fill("api_key", key)
         if key and not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{self.source}: api_key: holds characters that no HTTP header can carry")
-        return key
+        limits = {
+            name: getattr(self, name) if getattr(endpoint, name) is None else getattr(endpoint, name)
+            for name in ("concurrency", "requests_per_minute", "tokens_per_minute", "timeout")
+        }
+        return Endpoint(url=url, api_key=key, **limits)
 
     @property
     def model_name(self) -> str:
@@ -202,13 +199,29 @@ class Judge(Extensible):
     def form(self) -> str:
         """What decides a reply, or how it is read, beside model, sampling and messages."""
         if self.client != "transformers":
-            return self.parser
+            return f"{self.parser}{' logprob' * (self.confidence == 'logprob')}"
         return f"{self.parser} {self.dtype}{' logprob' * (self.confidence == 'logprob')}"
 
     @property
     def verbal(self) -> bool:
         """Whether the judge is asked to state its confidence."""
         return self.confidence == "verbal"
+
+    @property
+    def schemed(self) -> bool:
+        """Whether the server is (or was, where its replies are stored) asked to hold its reply to a JSON schema."""
+        return self.client in {"openai", "replay"} and self.parser == "json" and self.json_schema != "never"
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What maps its confidence to how often it is right, where `grape calibrate` has fitted that."""
+        return self._calibration
+
+    @property
+    def identity(self) -> str:
+        """A hash of what decides its verdicts, its prompt's text included, but not how it is reached."""
+        text = resources.read_text(resources.find("prompts", self.prompt))
+        return hashlib.sha256(f"{self.model_dump_json(exclude=TRANSPORT)}{text}".encode()).hexdigest()
 
     def _fill(self, field: str, value: str) -> str:
         if not (match := VARIABLE.fullmatch(value)):
@@ -226,20 +239,6 @@ def _offered(field: str, name: str, there: tuple[str, ...], to_come: tuple[str, 
     if name in to_come:
         raise ValueError(f"{name!r} is not available in this version; available: {', '.join(there)}")
     raise ValueError(f"no {field} {name!r}; {known(there, name)}")
-
-
-def _is_url(text: str) -> bool:
-    try:
-        parts = urlsplit(text)
-        return (
-            parts.scheme in {"http", "https"}
-            and bool(parts.hostname)
-            and parts.port != 0
-            and text.isprintable()
-            and " " not in text
-        )
-    except ValueError:  # a port that is no number, a broken IPv6 address
-        return False
 
 
 def parse_judge(data: Any, source: str) -> Judge:
@@ -270,4 +269,11 @@ def load_judge(name: str | Path) -> Judge:
         data["prompt"] = str(path.parent / prompt)
     judge = parse_judge(data, str(path))
     judge._hash = resources.digest(text)
+    calibration = load_calibration(path)
+    if calibration is not None and calibration.identity != judge.identity:
+        raise ConfigError(
+            f"{calibration_path(path)}: was fitted before {path.name} or its prompt was changed: "
+            "run grape calibrate again, or remove it"
+        )
+    judge._calibration = calibration
     return judge

@@ -6,16 +6,23 @@ import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grape.errors import ConfigError, JudgeError
 from grape.item import Item
+from grape.judge.calibration import calibrated
 from grape.judge.call import Call, CallRecord, Client, Purpose, call_key
 from grape.judge.config import Judge
+from grape.judge.memory import Memory, StoredOnly
 from grape.judge.prompt import Prompt, fence, load_prompt, neutral
-from grape.judge.reply import Reply, parse_prose, parse_reply
-from grape.judge.trail import Trail, joined
+from grape.judge.reply import Reply, parse_prose, parse_reply, reply_schema
+from grape.judge.spread import combined
+from grape.judge.tokens import score_shares
+from grape.judge.trail import Trail, joined, voted
 from grape.types import Message, Outcome, Question, Response, Verdict
+
+if TYPE_CHECKING:
+    from grape.judge.jury import Jury
 
 FIELDS = ("question", "response", "reference", "critique", "criterion", "scale", "confidence")
 REPAIR_FIELDS = ("problem", "scale", "confidence")
@@ -31,9 +38,9 @@ class Critic:
     """One judge, with its client. For use on one event loop; `close` it, or enter it as a context.
 
     ``secret`` makes the marks around outside texts. ``record`` gets a row of `judge_calls` (but for its run) for every
-    call that was made, before its reply is used. What is in ``answered`` (by call key) is not asked again; nor is, as
-    long as this critic lives, what it was told itself. ``fallback`` is asked where this judge fails in a way that
-    depends on the model.
+    call that was made, before its reply is used. What ``memory`` has is not asked again; nor is, as long as this critic
+    lives, what it was told itself. ``stored_only``: nobody is asked at all. ``fallback`` is asked where this judge
+    fails in a way that depends on the model.
     """
 
     def __init__(
@@ -42,21 +49,23 @@ class Critic:
         *,
         secret: bytes,
         record: Callable[[dict[str, Any]], None],
-        answered: Mapping[str, CallRecord] | None = None,
-        fallback: Critic | None = None,
+        memory: Memory | None = None,
+        stored_only: bool = False,
+        fallback: Critic | Jury | None = None,
     ) -> None:
         self.judge = judge
         self.fallback = fallback
         self._secret = secret
         self._record = record
-        self._client = open_client(judge)
+        self._memory = memory
+        self._client: Client = StoredOnly() if stored_only and judge.client != "replay" else open_client(judge)
         self._model = judge.model_name
         self._sampling = judge.sampling.params()
         self._prompt = load_prompt(judge.prompt, FIELDS)
         self._repair_prompt = load_prompt("repair", REPAIR_FIELDS)
         self._critique_prompt = load_prompt("critique", FIELDS)
         self._critics: dict[str, Prompt] = {}
-        self._known = {key: known for key, known in (answered or {}).items() if known.answered}
+        self._known: dict[str, CallRecord] = {}
         self._under_way: dict[str, asyncio.Future[CallRecord | None]] = {}
 
     async def __aenter__(self) -> Critic:
@@ -65,9 +74,14 @@ class Critic:
     async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self.close()
 
+    @property
+    def width(self) -> int:
+        """How many calls it keeps busy."""
+        return self.judge.concurrency * len(self.judge.endpoint or [None])
+
     async def reach(self) -> None:
-        """`ConfigError` of one line where the judge's server, or its fallback's, is not there."""
-        await self._client.reach()
+        """`ConfigError` of one line where the judge, or its fallback, is not there or cannot give what is asked."""
+        await self._client.reach(self._memory.endpoints(self._model) if self._memory else ())
         if self.fallback:
             await self.fallback.reach()
 
@@ -92,23 +106,31 @@ class Critic:
         """
         if self._client.shown:
             self.check(item)
-        trail = Trail(question, response, item)
+        if self.judge.confidence == "votes":
+            votes = [self.sample(question, response, item, sample) for sample in range(self.judge.votes)]
+            verdict = voted(await asyncio.gather(*votes), self.judge.aggregate, judge=self.judge.judge)
+        else:
+            verdict = await self.sample(question, response, item, 0)
+        if self.fallback is not None and verdict.outcome in MODEL_DEPENDENT:
+            return joined(verdict, await self.fallback.verdict(question, response, item))
+        return calibrated(verdict, self.judge.calibration, question.category)
+
+    async def sample(self, question: Question, response: Response, item: Item, sample: int) -> Verdict:
+        """One reply of this judge as a verdict, not calibrated; its samples differ by their number."""
+        trail = Trail(question, response, item, sample)
         try:
             reply = await self._judge(trail)
         except JudgeError as error:
-            verdict = trail.verdict(self.judge.judge, error.outcome, detail=str(error), reasoning=error.reasoning)
-        else:
-            verdict = trail.verdict(
-                self.judge.judge,
-                Outcome.OK,
-                score=reply.score,
-                raw=reply.raw,
-                confidence=reply.confidence,
-                reasoning=reply.reasoning,
-            )
-        if self.fallback is None or verdict.outcome not in MODEL_DEPENDENT:
-            return verdict
-        return joined(verdict, await self.fallback.verdict(question, response, item))
+            return trail.verdict(self.judge.judge, error.outcome, detail=str(error), reasoning=error.reasoning)
+        return trail.verdict(
+            self.judge.judge,
+            Outcome.OK,
+            score=reply.score,
+            raw=reply.raw,
+            confidence=reply.confidence,
+            stated=reply.confidence,
+            reasoning=reply.reasoning,
+        )
 
     async def _judge(self, trail: Trail) -> Reply:
         """Critique if the item wants one, score, and one repair question for a reply that cannot be read."""
@@ -184,22 +206,33 @@ class Critic:
             )
             if self.judge.confidence != "logprob":
                 return reply
-            assert record.confidence is not None, "the client gives it with every score"
-            return replace(reply, confidence=record.confidence)
+            if record.tokens is None:
+                raise JudgeError(Outcome.TRANSPORT, "the reply came without the probabilities of its tokens")
+            shares = score_shares(_said(record), record.tokens, item.scale)
+            score, confidence = combined(list(shares), list(shares.values()), self.judge.aggregate)
+            return replace(reply, score=score, confidence=confidence)
 
         return read
 
     def _call(self, purpose: Purpose, trail: Trail, messages: tuple[Message, ...]) -> Call:
         subject = () if self._client.shown else (purpose, trail.response.response_id, trail.item.id)
+        scored = purpose != "critique"
+        schema = reply_schema(trail.item.scale, verbal=self.judge.verbal) if scored and self.judge.schemed else None
+        form, sample, sampling = self.judge.form, trail.sample, self._sampling
+        if sample and "seed" in sampling:
+            sampling = {**sampling, "seed": sampling["seed"] + sample}  # or else all votes would be one
         return Call(
-            key=call_key(self._model, self._sampling, messages, form=self.judge.form, subject=subject),
+            key=call_key(self._model, sampling, messages, form=form, subject=subject, schema=schema, sample=sample),
             judge=self.judge.judge,
             model=self._model,
             purpose=purpose,
             messages=messages,
-            sampling=self._sampling,
+            sampling=sampling,
             response_id=trail.response.response_id,
             item=trail.item.id,
+            sample=sample,
+            schema=schema,
+            logprobs=scored and self.judge.confidence == "logprob",
         )
 
     async def _ask(self, call: Call, trail: Trail, read: Read[T]) -> T:
@@ -220,6 +253,10 @@ class Critic:
         mine = self._under_way[call.key] = asyncio.get_running_loop().create_future()
         shared = None
         try:
+            stored = await self._memory.recall(call.key) if self._memory else None
+            if stored is not None:
+                shared = self._known[call.key] = stored
+                return stored
             record = await self._client.ask(call)
             try:
                 read(record)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 TALK: tuple[Message, ...] = tuple(
     {"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")
 )  # the longest kind of chat that a judge is asked
+LIKELIEST = 20  # tokens in whose probability one is interested, at every place: as many as servers list
 LOADING = Lock()  # transformers reads one model at a time: it changes torch's defaults meanwhile
 
 
@@ -56,7 +57,7 @@ class LocalClient:
         """Whether the model has room for the repair question."""
         return len(self._prompt(self._load(), call)) + self._limit <= self._room
 
-    async def reach(self) -> None:
+    async def reach(self, known: Collection[str | None]) -> None:
         """Load the model; `ConfigError` where that cannot be, or where its template or context will not do."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._load)
 
@@ -137,7 +138,10 @@ class LocalClient:
         sampling = Sampling(temperature=own.temperature or 0.0, top_p=own.top_p or 1.0, training=False)
         device = policy.model.device
         generators = [torch.Generator(device).manual_seed(int(call.key[:15], 16)) for call in calls]
-        return sample(policy, prompts, responses=1, max_tokens=self._limit, generator=generators, sampling=sampling)
+        return sample(
+            policy, prompts, responses=1, max_tokens=self._limit, generator=generators, sampling=sampling,
+            likeliest=LIKELIEST if any(call.logprobs for call in calls) else 0,
+        )  # fmt: skip
 
     def _record(self, policy: Policy, prompt: list[int], reply: Rollout | str, seconds: float) -> CallRecord:
         if isinstance(reply, str):
@@ -148,28 +152,37 @@ class LocalClient:
             latency=seconds,
             input_tokens=len(prompt),
             output_tokens=len(reply.token_ids),
-            confidence=score_confidence(policy.tokenizer, reply) if self.judge.confidence == "logprob" else None,
+            tokens=score_tokens(policy.tokenizer, reply) if reply.likeliest else None,
             created=now(),
         )
 
 
-def score_confidence(tokenizer: Any, reply: Rollout) -> float | None:
-    """The probability that the model gave to the score it wrote; None where the reply states none.
-
-    It is the product over the tokens that share a character with the score's JSON value, at temperature 1.
-    """
+def score_tokens(tokenizer: Any, reply: Rollout) -> list[tuple[int, list[tuple[str, float]]]] | None:
+    """The tokens that share a character with the score's JSON value, as `CallRecord.tokens` has them; None where the
+    reply states no score."""
     if (span := score_span(reply.text)) is None:
         return None
 
-    def written(count: int) -> int:
+    def written(ids: Sequence[int]) -> str:
+        text: str = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def length(count: int) -> int:
         """How many characters the first ``count`` tokens are; half a character is one."""
-        ids = list(reply.token_ids[:count])
-        return len(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        return len(written(reply.token_ids[:count]))
 
     counts = range(len(reply.token_ids) + 1)
-    first = bisect_right(counts, span[0], key=written) - 1
-    last = bisect_left(counts, span[1], key=written)
-    return min(1.0, math.exp(math.fsum(reply.logprobs[first:last])))
+    first = bisect_right(counts, span[0], key=length) - 1
+    last = bisect_left(counts, span[1], key=length)
+    found = []
+    for at in range(first, last):
+        start = length(at)
+        before, own = reply.token_ids[:at], reply.token_ids[at]
+        others = [
+            (written((*before, token))[start:], logprob) for token, logprob in reply.likeliest[at] if token != own
+        ]
+        found.append((start, [(reply.text[start : length(at + 1)], reply.logprobs[at]), *others]))
+    return found
 
 
 def need_torch(where: str) -> None:

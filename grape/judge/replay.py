@@ -1,8 +1,9 @@
-"""Judges that answer from a file of stored replies of a real one: JSON lines of response_id, item and reply."""
+"""Judges that answer from a file of stored replies of a real one: JSON lines of response_id, item, reply and sample."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
@@ -23,6 +24,7 @@ class StoredReply(Strict):
     item: str | None = None
     call: str | None = None
     purpose: Literal["score", "critique", "repair"] = "score"
+    sample: int = 0
     reply: str | None
     finish_reason: str | None = None
 
@@ -33,9 +35,14 @@ class StoredReply(Strict):
         return self
 
     @property
+    def named(self) -> str:
+        """What the reply answers, in words."""
+        return ", ".join([*self.subject[:3], *([f"sample {self.sample}"] if self.sample else [])])
+
+    @property
     def subject(self) -> tuple[str, ...]:
         """What the reply answers."""
-        return (self.call,) if self.call else (self.response_id or "", self.item or "", self.purpose)
+        return (self.call,) if self.call else (self.response_id or "", self.item or "", self.purpose, str(self.sample))
 
 
 class ReplayClient:
@@ -50,7 +57,7 @@ class ReplayClient:
 
     def _find(self, call: Call) -> StoredReply | None:
         by_key = self._replies.get((call.key,))
-        return by_key or self._replies.get((call.response_id, call.item, call.purpose))
+        return by_key or self._replies.get((call.response_id, call.item, call.purpose, str(call.sample)))
 
     def repairs(self, call: Call) -> bool:
         """Whether the file has the answer to a repair question."""
@@ -69,7 +76,7 @@ class ReplayClient:
             created=now(),
         )
 
-    async def reach(self) -> None:
+    async def reach(self, known: Collection[str | None]) -> None:
         """The file was read already."""
 
     async def close(self) -> None:
@@ -89,5 +96,5 @@ def _read(path: Path) -> dict[tuple[str, ...], StoredReply]:
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: not JSON") from error
         if replies.setdefault(stored.subject, stored) != stored:
-            raise ConfigError(f"{where}: another reply for {', '.join(stored.subject)} stands above")
+            raise ConfigError(f"{where}: another reply for {stored.named} stands above")
     return replies

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from grape.checkers.refusal import is_refusal
 from grape.errors import JudgeError, one_line
+from grape.judge.echo import repeats
 from grape.judge.prompt import well_formed
 from grape.scale import Scale
 from grape.types import Outcome
@@ -60,7 +61,7 @@ def parse_reply(
         if _refuses(text.rpartition("</think>")[2]):
             raise JudgeError(Outcome.REFUSED, f"the judge refuses: {one_line(text, 120)}") from None
         raise
-    if prompt and _repeats(text, prompt):
+    if prompt and parser == "json" and repeats(reply.reasoning, reply.score, scale, prompt):
         _unparsable("the reply repeats a verdict that stands in the texts to judge")
     return reply
 
@@ -104,6 +105,15 @@ def score_span(text: str) -> tuple[int, int] | None:
         if key == "score":
             return start + at, start + end
     return None
+
+
+def reply_schema(scale: Scale, *, verbal: bool) -> dict[str, Any]:
+    """The JSON schema of our own form, for servers that hold a reply to one."""
+    score = {"anyOf": [scale.schema(), {"type": "null"}, {"type": "string", "enum": ["n/a"]}]}
+    properties: dict[str, Any] = {"reasoning": {"type": "string"}, "score": score}
+    if verbal:
+        properties["confidence"] = {"type": "number", "minimum": 0, "maximum": 1}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 
 def parse_prose(text: str, *, finish_reason: str | None = None) -> str:
@@ -214,17 +224,3 @@ def _score(value: object, scale: Scale, reasoning: str) -> tuple[float, str]:
         _unparsable(f"score must be {scale.describe()}")
     except ValueError as error:
         raise JudgeError(Outcome.OUT_OF_RANGE, one_line(f"score {error}"), reasoning) from None
-
-
-def _repeats(text: str, prompt: Sequence[str]) -> bool:
-    """Whether the reply's object stands, whatever its spacing and escapes, in a text that the judge was shown."""
-    given = _unwrap(text)
-    if not given.startswith("{"):
-        return False
-    data = DECODER.decode(given)
-    forms = {_squeeze(form) for form in (given, json.dumps(data), json.dumps(data, ensure_ascii=False))}
-    return any(form in shown for shown in map(_squeeze, prompt) for form in forms)
-
-
-def _squeeze(text: str) -> str:
-    return "".join(text.split())

@@ -1,12 +1,14 @@
-"""The calls behind one verdict, and what they took in all."""
+"""The calls behind one verdict, what they took in all, and several verdicts made one."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from grape.item import Item
 from grape.judge.call import CallRecord
+from grape.judge.spread import Aggregate, combined
 from grape.types import Outcome, Question, Response, Verdict
 
 
@@ -17,6 +19,7 @@ class Trail:
     question: Question
     response: Response
     item: Item
+    sample: int = 0
     calls: dict[str, CallRecord] = field(default_factory=dict)
     critique: str | None = None
 
@@ -43,14 +46,45 @@ class Trail:
 def joined(first: Verdict, second: Verdict) -> Verdict:
     """The fallback's verdict, with what the first judge's failure took."""
     failed = f"{first.judge}: {first.outcome}: {first.detail}"
-    counts = [(first.input_tokens, second.input_tokens), (first.output_tokens, second.output_tokens)]
-    tokens = [None if a is None and b is None else (a or 0) + (b or 0) for a, b in counts]
+    detail = f"{failed}; {second.judge}: {second.detail}" if second.detail else failed
+    return replace(second, detail=detail, **_took([first, second]))
+
+
+def voted(verdicts: Sequence[Verdict], aggregate: Aggregate, *, judge: str, sure: bool = True) -> Verdict:
+    """One verdict of several on the same item: their `combined` score, and how far they agree as its confidence.
+
+    Those that failed have no vote; where they are half of all or more, the first failure stands. The reasoning is that
+    of the first vote nearest to the score. Without ``sure`` the confidence is 1.
+    """
+    valid = [verdict for verdict in verdicts if verdict.score is not None]
+    failed = [verdict for verdict in verdicts if verdict.score is None]
+    lost = f"{len(failed)} of {len(verdicts)} votes failed: {failed[0].outcome}: {failed[0].detail}" if failed else None
+    if 2 * len(failed) >= len(verdicts):
+        return replace(failed[0], judge=judge, detail=lost, **_took(verdicts))
+    scores = [verdict.score for verdict in valid if verdict.score is not None]
+    score, confidence = combined(scores, [1.0] * len(scores), aggregate)
+    nearest = min(range(len(scores)), key=lambda k: abs(scores[k] - score))
     return replace(
-        second,
-        detail=f"{failed}; {second.judge}: {second.detail}" if second.detail else failed,
-        calls=first.calls + second.calls,
-        attempts=first.attempts + second.attempts,
-        latency=first.latency + second.latency,
-        input_tokens=tokens[0],
-        output_tokens=tokens[1],
+        valid[nearest],
+        score=score,
+        raw=", ".join(str(verdict.raw) for verdict in valid),
+        confidence=confidence if sure else 1.0,
+        stated=confidence if sure else 1.0,
+        judge=judge,
+        detail=lost,
+        **_took(verdicts),
     )
+
+
+def _took(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What several verdicts took in all. Calls that they share count once in ``calls``."""
+    counts = {
+        name: [getattr(verdict, name) for verdict in verdicts if getattr(verdict, name) is not None]
+        for name in ("input_tokens", "output_tokens")
+    }
+    return {
+        "calls": tuple(dict.fromkeys(call for verdict in verdicts for call in verdict.calls)),
+        "attempts": sum(verdict.attempts for verdict in verdicts),
+        "latency": sum(verdict.latency for verdict in verdicts),
+        **{name: sum(numbers) if numbers else None for name, numbers in counts.items()},
+    }

@@ -151,6 +151,25 @@ rewards.trained              BOOLEAN  whether the optimizer took it; it counts i
 judge_calls.confidence       DOUBLE   of the score in the reply, by its tokens' probabilities; NULL where not asked for
 """
 
+THIRD = """
+verdicts.stated              DOUBLE   the confidence as the judge gave it, before its calibration
+judge_calls.sample           INTEGER  the number of the sample, from 0, where several votes are asked for
+judge_calls.tokens           JSON     tokens of the score: [place, [[written, logprob], [other, logprob], ...]]
+"""
+
+# Tables that came later, in the form of FIRST.
+THIRD_TABLES = """
+human_labels: What people said of responses: the truth that `grape calibrate` holds judges to.
+  run              VARCHAR                the run whose response was labelled, as in runs
+  response_id      VARCHAR                the response, as in responses
+  question_id      VARCHAR                the question, as in questions
+  item             VARCHAR                the item's id in the rubric
+  labeler          VARCHAR                who labelled it
+  score            DOUBLE                 in [0,1], before polarity, as a judge's score
+  note             VARCHAR                what the labeler remarked
+  created          TIMESTAMP              when it was labelled (UTC)
+"""
+
 BOOKKEEPING = ("meta", "spools")
 LINE = re.compile(r"(?P<indent>  )?(?P<name>\w+)(?::| {2,}(?P<type>\S.*?) {2,}) *(?P<comment>\S.*)")
 
@@ -189,4 +208,8 @@ def extend(text: str) -> str:
     return ";\n".join([*script, ""])
 
 
-MIGRATIONS: tuple[str, ...] = (create(FIRST), extend(SECOND))
+MIGRATIONS: tuple[str, ...] = (
+    create(FIRST),
+    extend(SECOND),
+    create(THIRD_TABLES) + extend(THIRD) + "ALTER TABLE judge_calls DROP COLUMN confidence;\n",  # the tokens say it
+)
