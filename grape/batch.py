@@ -43,7 +43,8 @@ class Judged:
         assert self.cut is not None or self.cut_reward is None, "only a response that was not judged has its reward set"
 
     def gate(self) -> Item | None:
-        """The first item, in the rubric's order, whose gate this response failed. A failed verdict does not gate."""
+        """The first item, in the rubric's order, whose gate this response failed. A failed verdict gates only
+        where it counts as the worst one."""
         return next((item for item in self.plan.applicable if fails_gate(item, self.verdicts[item.id])), None)
 
 
@@ -79,9 +80,11 @@ def not_judged(plan: Plan, response: Response, why: str, reward: float | None = 
 
 
 def fails_gate(item: Item, verdict: Verdict) -> bool:
-    """Whether a verdict, after polarity, is below its item's gate."""
-    if item.gate is None or verdict.score is None:
+    """Whether a verdict, after polarity, is below its item's gate. A failed one is, where it counts as the worst."""
+    if item.gate is None:
         return False
+    if verdict.score is None:
+        return item.on_failure == "worst" and verdict.outcome is not Outcome.SKIPPED and item.gate.at_least > 0
     return (1 - verdict.score if item.undesirable else verdict.score) < item.gate.at_least
 
 

@@ -234,6 +234,9 @@ def convert(file: Path, from_: str, to: str, out: Path, polarity: Path | None, c
 @click.option(
     "--rescore", is_flag=True, help="New weights, formulas, calibrations on stored verdicts: no judge is asked."
 )
+@click.option(
+    "--controls", is_flag=True, help="Have a trivial response to each question judged too; say if any is rewarded."
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout instead of a table.")
 def score(
     responses: Path,
@@ -248,6 +251,7 @@ def score(
     no_judges: bool,
     resume: bool,
     rescore: bool,
+    controls: bool,
     as_json: bool,
 ) -> None:
     """Judge RESPONSES (.jsonl, .jsonl.gz or .parquet) against the rubrics of their categories."""
@@ -259,7 +263,8 @@ def score(
         lambda progress: score(
             responses, rubrics=rubrics, judges=judges, log=log, out=out, checkers=checkers,
             sandbox=sandbox,
-            use_judges=not no_judges, resume=resume, rescore=rescore, progress=progress,
+            use_judges=not no_judges, resume=resume, rescore=rescore, controls=controls,
+            progress=progress,
         )
     )  # fmt: skip
     if as_json:
@@ -337,6 +342,32 @@ def _needs_torch() -> None:
 
     told.disable_progress_bar()  # type: ignore[no-untyped-call]  # of reading weights: noise beside the run's own
     told.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+@cli.command()
+@click.option("--log", type=FILE, default=Path("critiques.duckdb"), show_default=True, help="The critique log.")
+@click.option("--gold", type=FILE, metavar="FILE", help="JSON lines of response_id, item, score.")
+@click.option("--run", metavar="RUN", help="Verdicts of this run alone. Default: the last ones of any run.")
+@JUDGE
+@click.option("--by", default="category", show_default=True, metavar="FIELD", help="Report each value of FIELD apart.")
+@click.option("--tolerance", type=float, default=0.5, show_default=True, help="How far from gold a score is wrong.")
+@click.option("--plot", type=FILE, metavar="FILE", help="Draw the reliability plot: a PNG.")
+@click.option("--repeat", type=int, default=0, metavar="K", help="Ask judges again, K times, on 100 responses.")
+@click.option("--rubrics", type=FILE, metavar="DIR", help="The rubrics of that run, for --repeat.")
+@click.option("--dry-run", is_flag=True, help="Write no calibration.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of folds, resamples and samples.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of a table.")
+def calibrate(as_json: bool, **options: Any) -> None:
+    """Hold judges to gold labels, and fit what their confidence is worth: <judge>.calibration.json."""
+    from grape.calibrate import calibrate
+    from grape.reliability import report_lines, report_record
+    from grape.report import show
+
+    report = asyncio.run(calibrate(**options))
+    if as_json:
+        click.echo(json.dumps(report_record(report)))
+    else:
+        show(*report_lines(report))
 
 
 @cli.command()

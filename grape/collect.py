@@ -145,6 +145,7 @@ class Collector:
             ids, counts = [ids for _, ids in prompts], [len(places) for places in groups]
             await self.run(self._sampler.draw, ids, counts, seed, greedy, on_response)
             judged = [await tasks[place] for place in range(len(asked))]
+            (panel or self.panel).see_budgets()
         finally:
             for task in tasks.values():
                 task.cancel()

@@ -12,6 +12,8 @@ from grape import resources
 from grape.errors import ConfigError, invalid
 from grape.types import Strict, Unit
 
+ROLLOUT_CAP = 2.0  # where the sampler is not the trainer and nobody chose
+
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
@@ -86,6 +88,8 @@ class SamplingConfig(Strict):
 
     ``rounds`` above 1 is dynamic sampling: while groups of equal rewards leave fewer than ``questions`` to learn from,
     further questions are drawn, at most so many times. ``rows`` limits the responses that are decoded at a time.
+    ``engine`` vllm samples with vLLM in this process, which gets the new weights after every step, and turns on
+    `loss.rollout_cap`; ``options`` are vLLM's own (gpu_memory_utilization, max_model_len, ...).
     """
 
     questions: Count = 32
@@ -97,6 +101,14 @@ class SamplingConfig(Strict):
     min_p: Unit = 0.0
     rounds: Count = 1
     rows: Count | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _own(self) -> SamplingConfig:
+        if self.options and self.engine != "vllm":
+            raise ValueError(".options: are vLLM's, and go only with engine: vllm")
+        return self
 
 
 class ImproveConfig(Strict):
@@ -248,8 +260,20 @@ class RunConfig(Strict):
     log: str = "critiques.duckdb"
     seed: Whole = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _weighted(cls, data: Any) -> Any:
+        """Another program's probabilities are never quite the trainer's."""
+        sampling = data.get("sampling") if isinstance(data, dict) else None
+        loss = data.get("loss", {}) if isinstance(data, dict) else None
+        if isinstance(sampling, dict) and sampling.get("engine") == "vllm" and isinstance(loss, dict):
+            return {**data, "loss": {"rollout_cap": ROLLOUT_CAP, **loss}}
+        return data
+
     @model_validator(mode="after")
     def _together(self) -> RunConfig:
+        if self.sampling.engine == "vllm" and self.policy.lora:
+            raise ValueError(".sampling.engine: vllm takes whole weights, and policy.lora trains adapters")
         loss, per_sequence = self.loss, self.loss.ratio in ("sequence", "sequence-mean", "tapered")
         if loss.kl == "none" and (loss.kl_coef or loss.kl_target):
             raise ValueError(".loss.kl_coef: needs a loss.kl other than none")

@@ -51,9 +51,13 @@ class Learner:
 
     def _update(self, members: Sequence[Member], step: int) -> Update:
         mine = self.optimizer.update(self.ranks.share(members), step)
+        served = self.sampler.served
+        if served:
+            served.stale = True
         everybody = self.ranks.gathered([mine.logprobs])
         logprobs = {name: logprob for some in everybody for name, logprob in some.items()}
-        return Update(metrics=mine.metrics, logprobs=logprobs)
+        metrics = mine.metrics | ({"engine_gap": served.gap} if served and mine.metrics else {})
+        return Update(metrics=metrics, logprobs=logprobs)
 
     def _state(self) -> State:
         leads = self.ranks.leads

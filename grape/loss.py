@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from grape.config import ROLLOUT_CAP
 from grape.kl import LOG_LIMIT, k2, k3
 
 Ratio = Literal["token", "sequence", "sequence-mean", "tapered", "none"]
@@ -26,7 +27,6 @@ Metrics = dict[str, Tensor]
 
 PER_TOKEN = ("token", "none")
 PER_SEQUENCE = ("sequence", "sequence-mean", "tapered")
-ROLLOUT_CAP = 2.0  # where the sampler is not the trainer and nobody chose
 
 
 def policy_loss(

@@ -148,10 +148,7 @@ def run_row(name: str, kind: str, config: RunConfig, material: Material) -> Reco
         "config": json.dumps(config.model_dump()),
         "rubrics": json.dumps(rubrics),
         "judges": json.dumps(
-            {
-                name: {"model": j.model, "hash": j.hash, "identity": j.identity}
-                for name, j in material.judges.items()
-            }
+            {name: {"model": j.model, "hash": j.hash, "identity": j.identity} for name, j in material.judges.items()}
         ),
         "seed": config.seed,
     }

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from grape.batch import Judged, fails_gate
 from grape.checkers import check_response, registry
+from grape.errors import GrapeError
 from grape.item import Item
 from grape.judge.critic import Critic
 from grape.judge.jury import Jury
@@ -84,11 +85,19 @@ class Panel:
                 return Judged(response=response, plan=plan, verdicts=verdicts | skipped)
         rest = {item.id: item for item in items if item.id not in verdicts}
         quick = {name: item for name, item in rest.items() if item.check and not registry()[item.check].sandboxed}
-        checked, asked = await asyncio.gather(
+        by_judge: dict[str, list[Item]] = {}
+        for item in rest.values():
+            if item.judge is not None:
+                by_judge.setdefault(item.judge, []).append(item)
+        others = [item for item in rest.values() if item.judge is None and item.id not in quick]
+        checked, judged, asked = await asyncio.gather(
             self._checked(plan.question, response, list(quick.values())),
-            asyncio.gather(*(self.ask(plan.question, response, rest[name]) for name in rest if name not in quick)),
+            asyncio.gather(
+                *(self._critics[name].verdicts(plan.question, response, by_judge[name]) for name in by_judge)
+            ),
+            asyncio.gather(*(self.ask(plan.question, response, item) for item in others)),
         )
-        verdicts |= {verdict.item: verdict for verdict in [*checked, *asked]}
+        verdicts |= {verdict.item: verdict for some in (checked, *judged, asked) for verdict in some}
         return Judged(response=response, plan=plan, verdicts=verdicts)
 
     async def judge_all(self, work: Sequence[tuple[Plan, Response]], progress: Progress | None = None) -> list[Judged]:
@@ -98,6 +107,8 @@ class Panel:
 
         async def worker() -> None:
             for place in places:
+                if self._refused():
+                    break
                 results[place] = await self.judge(*work[place])
                 if progress:
                     progress(len(results), len(work))
@@ -109,7 +120,20 @@ class Panel:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        self.see_budgets()
         return [results[place] for place in range(len(work))]
+
+    def see_budgets(self) -> None:
+        """`GrapeError` of one line where a judge was not asked because its budget is spent: a batch is then not whole.
+
+        What was answered is in the log, so that a run that is resumed asks only for what is missing.
+        """
+        for critic in self._refused():
+            raise GrapeError(critic.meter.advice)
+
+    def _refused(self) -> list[Critic]:
+        """The judges that were not asked because their budgets are spent."""
+        return [critic for critic in self._critics.values() if isinstance(critic, Critic) and critic.meter.refused]
 
     async def ask(self, question: Question, response: Response, item: Item) -> Verdict:
         """The verdict on one item."""

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from grape.config import RunConfig
+from grape.errors import ConfigError
 from grape.policy import Policy
 from grape.ranks import Ranks
 from grape.rollout import Rollout, Sampling, sample
+from grape.served import Served
 from grape.shards import whole
 
 Prompts = Sequence[tuple[int, ...]]
@@ -32,6 +34,9 @@ class Sampler:
         self._accelerator = accelerator
         self._config = config.sampling
         self._sampling = Sampling(**{n: getattr(self._config, n) for n in ("temperature", "top_p", "top_k", "min_p")})
+        if self._config.engine == "vllm" and self.ranks.count > 1:
+            raise ConfigError("sampling.engine: vllm samples in a run of one process only")
+        self.served = Served(policy, config) if self._config.engine == "vllm" else None
 
     def draw(
         self, prompts: Prompts, counts: Sequence[int], seed: Sequence[object], greedy: bool,
@@ -62,14 +67,19 @@ class Sampler:
                     if on_response:
                         on_response(mine[-1])
 
+                sampling = Sampling(temperature=0.0, training=False) if greedy else self._sampling
+                own, draws = (prompts[start:end], counts[start:end]), seeded(*seed, number)
+                if self.served:
+                    self.served.sample(*own, self._config.max_tokens, draws, sampling, moved)
+                    continue
                 with self._accelerator.autocast():
                     sample(
                         self.policy,
-                        prompts[start:end],
-                        responses=counts[start:end],
+                        own[0],
+                        responses=own[1],
                         max_tokens=self._config.max_tokens,
-                        generator=torch.Generator(device=self.policy.model.device).manual_seed(seeded(*seed, number)),
-                        sampling=Sampling(temperature=0.0, training=False) if greedy else self._sampling,
+                        generator=torch.Generator(device=self.policy.model.device).manual_seed(draws),
+                        sampling=sampling,
                         on_response=moved,
                     )
         everybody = self.ranks.gathered([(self.ranks.number, rollout) for rollout in mine])

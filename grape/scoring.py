@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from grape.batch import settle
 from grape.checkers import load_checkers
+from grape.controls import control_run, line, opening, settle_controls, with_controls
 from grape.errors import ConfigError, known
 from grape.judge.config import Judge, load_judge
 from grape.judge.critic import Critic
@@ -51,6 +52,7 @@ async def score(
     use_judges: bool = True,
     resume: bool = False,
     rescore: bool = False,
+    controls: bool = False,
     baseline: Baseline = "group_mean",
     scale: Scale = "none",
     progress: Progress | None = None,
@@ -62,7 +64,8 @@ async def score(
     what a judge has answered there in any run is not asked again. ``resume`` takes up the last run of the same inputs;
     ``rescore`` asks no judge at all: new weights, formulas and calibrations on stored verdicts. ``out`` gets the
     records as JSON lines. ``use_judges=False`` leaves items of judges and reward models out as not applicable.
-    Programs run in ``sandbox`` (default: confined on this machine).
+    ``controls`` has a trivial response to each question judged beside the others (`grape.controls`), and says in one
+    line what became of it. Programs run in ``sandbox`` (default: confined on this machine).
 
     A record holds `response_id, question_id, category, reward` (None if unscorable), `advantage` and `items`.
     Raises `ConfigError`, before any work, for a wrong file, row or judge.
@@ -83,13 +86,14 @@ async def score(
         _say_left_out(plans)
     loaded = load_judges(plans.values(), judges or {}) if use_judges else {}
     run = Run(
-        inputs=fingerprint(rows, plans, loaded, checkers, f"{baseline} {scale} {use_judges}"),
+        inputs=fingerprint(rows, plans, loaded, checkers, f"{baseline} {scale} {use_judges}{' controls' * controls}"),
         rows=rows,
         rubrics={plan.rubric.category: plan.rubric for plan in plans.values()},
         judges=loaded,
         config={"baseline": baseline, "scale": scale, "use_judges": use_judges},
     )
-    work = [(plans[response.question_id], response) for response in rows.responses]
+    given = [*rows.responses, *(with_controls(rows) if controls else ())]
+    work = [(plans[response.question_id], response) for response in given]
     async with AsyncExitStack() as stack:
         store = stack.enter_context(Log(log)) if log is not None else None
         run = run.resumed(store) if store and resume else run
@@ -109,15 +113,21 @@ async def score(
         if store and not run.known:
             store.append(**run.opening())
         started = datetime.now(UTC)
-        batch = await panel.judge_all(work, progress)
+        everything = await panel.judge_all(work, progress)
+        batch, nulls = everything[: len(rows.responses)], everything[len(rows.responses) :]
         results = settle(batch, baseline=baseline, scale=scale)
+        parts = {run.name: (batch, results)}
+        if nulls:
+            parts[control_run(run.name)] = (nulls, settle_controls(batch, nulls, baseline, scale))
+            logger.warning("%s", line(batch, results, *parts[control_run(run.name)]))
         if store:
             now = datetime.now(UTC)
-            pairs = list(zip(batch, results, strict=True))
+            pairs = [(name, pair) for name, part in parts.items() for pair in zip(*part, strict=True)]
             store.append(
-                verdicts=(row for pair in pairs for row in verdict_rows(run.name, 0, *pair, loaded, now)),
-                rewards=[reward_row(run.name, 0, *pair, baseline, scale, now) for pair in pairs],
-                steps=[step_row(run.name, 0, batch, results, started)],
+                **(opening(run.opening(), rows, nulls) if nulls else {}),
+                verdicts=(row for name, pair in pairs for row in verdict_rows(name, 0, *pair, loaded, now)),
+                rewards=[reward_row(name, 0, *pair, baseline, scale, now) for name, pair in pairs],
+                steps=[step_row(name, 0, *part, started) for name, part in parts.items()],
             )
     records = [score_record(judged, settled) for judged, settled in zip(batch, results, strict=True)]
     if out is not None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -26,6 +27,8 @@ class Answer:
     hang: bool = False  # say nothing until the server is closed
     raw: bytes | None = None  # these bytes instead of HTTP
     delay: float = 0.0
+    logprobs: Any = None  # of the completion's tokens: `spelt`
+    usage: Mapping[str, int] | None = field(default_factory=lambda: {"prompt_tokens": 100, "completion_tokens": 20})
 
 
 Behaviour = Callable[[dict[str, Any], int], Answer | str]
@@ -34,6 +37,19 @@ Behaviour = Callable[[dict[str, Any], int], Answer | str]
 def verdict(score: Any = 1.0, confidence: Any = 0.9, reasoning: Any = "because") -> str:
     """The text of a judge's reply in our form."""
     return json.dumps({"reasoning": reasoning, "score": score, "confidence": confidence})
+
+
+def spelt(*tokens: Any) -> dict[str, Any]:
+    """The log-probabilities of tokens: each is a text (certain), or the text that was written with all that might have
+    been and their probabilities."""
+    return {"content": [_token(*(one if isinstance(one, tuple) else (one, {one: 1.0}))) for one in tokens]}
+
+
+def _token(text: str, shares: Mapping[str, float]) -> dict[str, Any]:
+    def one(text: str) -> dict[str, Any]:
+        return {"token": text, "logprob": math.log(shares[text]), "bytes": list(text.encode())}
+
+    return {**one(text), "top_logprobs": [one(other) for other in shares]}
 
 
 def user_text(body: Mapping[str, Any]) -> str:
@@ -50,10 +66,12 @@ class _Server(ThreadingHTTPServer):
 class JudgeServer:
     """A server for the length of a `with`. ``bodies`` and ``headers`` (names in lower case) hold what was asked.
 
-    ``behaviour(body, number)`` gets each request's JSON and its number, from 0, and says what comes back.
+    ``behaviour(body, number)`` gets each request's JSON and its number, from 0, and says what comes back. ``models``
+    are those that it lists, or what it does where it is asked for them.
     """
 
-    def __init__(self, behaviour: Behaviour | None = None) -> None:
+    def __init__(self, behaviour: Behaviour | None = None, models: Sequence[str] | Answer = ()) -> None:
+        self.models = models
         self.behaviour: Behaviour = behaviour or (lambda body, number: verdict())
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -102,7 +120,13 @@ class JudgeServer:
             disable_nagle_algorithm = True
 
             def do_GET(self) -> None:
-                self.send(Answer(body=json.dumps({"object": "list", "data": []}).encode()))
+                models = outer.models
+                if not isinstance(models, Answer):
+                    data = [{"id": name, "object": "model"} for name in models]
+                    models = Answer(body=json.dumps({"object": "list", "data": data}).encode())
+                if models.hang:
+                    outer._closing.wait(60)
+                self.send(models)
 
             def do_POST(self) -> None:
                 length = int(self.headers["Content-Length"])
@@ -141,7 +165,7 @@ def completion(answer: Answer) -> bytes:
     if answer.status != 200:
         return json.dumps({"error": {"message": "told to fail", "type": "fault", "code": None}}).encode()
     message = {"role": "assistant", "content": answer.text, "refusal": answer.refusal}
-    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason}
-    usage = {"prompt_tokens": 100, "completion_tokens": 20, "total_tokens": 120}
-    whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+    choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": answer.logprobs}
+    whole = {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice]}
+    whole |= {"usage": answer.usage} if answer.usage else {}
     return json.dumps(whole).encode()

@@ -203,9 +203,12 @@ HOSTILE = {
     "hindi": "नमस्ते दुनिया। " * (MEGABYTE // 15),
     "one word": "a" * MEGABYTE,
 }
+LONGEST = {"initials", "hindi", "bullets", "prose"}  # seconds each: their words and sentences are counted
 
 
-@pytest.mark.parametrize("name", HOSTILE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONGEST else ()) for name in HOSTILE]
+)
 def test_a_megabyte_of_anything_gets_a_score_from_every_kind(name):
     scores = {kind: score(kind, arguments, HOSTILE[name]) for kind, arguments in ARGUMENTS.items()}
     assert set(scores.values()) <= {0, 1}
@@ -215,7 +218,7 @@ def test_a_megabyte_of_anything_gets_a_score_from_every_kind(name):
     assert scores["length_constraints:number_sentences"] == (name == "prose")
 
 
-@pytest.mark.parametrize("name", ["prose", "brackets", "bullets"])
+@pytest.mark.parametrize("name", [pytest.param("prose", marks=pytest.mark.slow), "brackets"])
 def test_a_megabyte_gets_a_score_from_the_loose_form_too(name):
     for kind in ("detectable_format:title", "detectable_content:number_placeholders", "punctuation:no_comma"):
         assert score(kind, ARGUMENTS[kind], HOSTILE[name], "loose") == (kind == "punctuation:no_comma")

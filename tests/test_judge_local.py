@@ -192,7 +192,7 @@ def test_weights_that_give_no_numbers_are_a_typed_failure(judges, tmp_path):
             critic._client = client
             await critic.reach()
             with torch.no_grad():
-                client._policy.model.model.norm.weight.fill_(float("nan"))
+                client._decoder._policy.model.model.norm.weight.fill_(float("nan"))
             return await critic.verdict(QUESTION, Response(response_id="r", question_id="q", text="word"), ITEM)
 
     got = asyncio.run(main())

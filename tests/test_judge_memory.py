@@ -151,7 +151,7 @@ def test_a_calibration_is_applied_with_no_call_and_the_stated_value_is_kept(proj
         project("http://127.0.0.1:9/v1", judge={"sampling": {"temperature": 0.5}}, rescore=True)
     assert str(caught.value) == (
         f"{project.folder}/default.calibration.json: was fitted before default.yaml or its prompt was changed: "
-        "run grape calibrate again, or remove it"
+        "remove it, score again and run grape calibrate anew"
     )
 
 

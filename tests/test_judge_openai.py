@@ -2,16 +2,16 @@
 
 import asyncio
 import gzip
+import json
 import random
 import socket
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
+from dataclasses import replace
 
 import pytest
-from loopback import Answer, JudgeServer, verdict
+from loopback import Answer, JudgeServer, spelt, verdict
 
 from grape.errors import ConfigError
-from grape.judge import openai
+from grape.judge import openai, probe
 from grape.judge.call import Call, CallRecord
 from grape.judge.config import parse_judge
 from grape.judge.openai import OpenAIClient
@@ -38,9 +38,9 @@ def judge(*urls, **fields):
     return parse_judge({"judge": "j", "model": "m", "endpoint": list(urls), "timeout": 20, **fields}, "j.yaml")
 
 
-def ask(config, times=1):
+def ask(config, times=1, **options):
     async def main():
-        client = OpenAIClient(config, random.Random(0))
+        client = OpenAIClient(config, random.Random(0), **options)
         try:
             return await asyncio.gather(*(client.ask(CALL) for _ in range(times)))
         finally:
@@ -197,33 +197,15 @@ def test_a_reply_with_half_a_surrogate_pair_can_be_stored():
     assert record.reply == "\ufffd!"
 
 
-def pauses(monkeypatch, headers, **fields):
-    """How long the client would have slept before its retries."""
+def test_pauses_are_jittered_and_grow(monkeypatch):
+    monkeypatch.setattr(openai, "FIRST_PAUSE", 0.5)
     slept = []
 
     async def note(seconds):
         slept.append(seconds)
 
-    monkeypatch.setattr(openai.asyncio, "sleep", note)
-    one(lambda *_: Answer(status=429, headers=headers), **fields)
-    return slept
-
-
-def test_retry_after_is_honoured_up_to_the_timeout(monkeypatch):
-    assert all(7 <= seconds < 8 for seconds in pauses(monkeypatch, {"Retry-After": "7"}))
-    assert all(20 <= seconds < 21 for seconds in pauses(monkeypatch, {"Retry-After": "3600"}))
-    date = format_datetime(datetime.now(UTC) + timedelta(seconds=10), usegmt=True)
-    assert all(5 < seconds < 11 for seconds in pauses(monkeypatch, {"Retry-After": date}))
-
-
-@pytest.mark.parametrize("value", ["soon", "-5", "nan", "inf", "", "Wed, 99 Nov 2026"])
-def test_an_odd_retry_after_is_as_if_absent(monkeypatch, value):
-    assert all(0 <= seconds < 1 for seconds in pauses(monkeypatch, {"Retry-After": value}))
-
-
-def test_pauses_without_retry_after_are_jittered_and_grow(monkeypatch):
-    monkeypatch.setattr(openai, "FIRST_PAUSE", 0.5)
-    slept = pauses(monkeypatch, {}, retries=8)
+    with JudgeServer(lambda *_: Answer(status=429)) as server:
+        ask(judge(server.url, retries=8), sleep=note)
     assert len(set(slept)) == 8
     assert all(seconds <= min(0.5 * 2**number, 20) for number, seconds in enumerate(slept))
     assert max(slept) > 2
@@ -258,11 +240,11 @@ def test_a_call_that_is_cancelled_ends_at_once():
         asyncio.run(asyncio.wait_for(main(server.url), 10))
 
 
-def reach(*urls):
+def reach(*urls, known=(), **fields):
     async def main():
-        client = OpenAIClient(judge(*urls))
+        client = OpenAIClient(judge(*urls, **fields))
         try:
-            await client.reach()
+            await client.reach(known)
         finally:
             await client.close()
 
@@ -280,17 +262,12 @@ def test_a_server_that_is_there_is_reached():
         reach(server.url)
 
 
-def test_a_server_that_knows_no_models_is_there_all_the_same():
-    with JudgeServer() as server:
-        reach(server.url.replace("/v1", "/nothing/here"))
-
-
 def test_a_server_that_stumbles_once_is_reached_all_the_same():
     async def main():
         async def behave(reader, writer):
             connections.append(await reader.readuntil(b"\r\n\r\n"))
             if len(connections) > 1:
-                writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+                writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 12\r\n\r\n{"data": []}')
             writer.close()
 
         connections = []
@@ -329,3 +306,251 @@ def test_a_call_to_a_dead_server_is_transport():
     assert isinstance(record, CallRecord)
     assert (record.outcome, record.attempts) == (Outcome.TRANSPORT, 2)
     assert "failed" in record.detail
+
+
+# What `reach` says of a server that is there
+
+
+HTML = {"Content-Type": "text/html"}
+PAGE = Answer(status=404, body=b"<html><h1>404</h1> our models, our shop</html>", headers=HTML)
+NOT_FOUND = Answer(status=404, body=b'{"detail": "Not Found"}')
+
+
+def refusal(status, message, **more):
+    """What a server says to a request that it does not take."""
+    return Answer(status=status, body=json.dumps({"error": {"message": message, **more}}).encode())
+
+
+def reached(behaviour=None, models=(), **options):
+    """The line that `reach` ends with (the address as URL), or None; and the requests that it took."""
+    with JudgeServer(behaviour and (lambda body, number: behaviour), models) as server:
+        known = [server.url] if options.pop("known", False) else []
+        try:
+            reach(server.url, known=known, **options)
+        except ConfigError as error:
+            return str(error).replace(server.url, "URL"), server.bodies
+        return None, server.bodies
+
+
+@pytest.mark.parametrize("models", [(), ("other", "m")])
+def test_a_list_that_has_the_model_or_nothing_is_enough(models):
+    assert reached(PAGE, models) == (None, [])
+
+
+MODEL_LISTS = {
+    "without the model": ("x", "y"),
+    "403": Answer(status=403),
+    "404": NOT_FOUND,
+    "404 in HTML": PAGE,
+    "405": Answer(status=405),
+    "501": Answer(status=501),
+    "HTML": Answer(body=b"<html>m</html>", headers=HTML),
+    "another object": Answer(body=b'{"models": ["m"]}'),
+    "odd entries": Answer(body=b'{"data": ["m", 5, null]}'),
+    "null": Answer(body=b"null"),
+}
+
+
+@pytest.mark.parametrize("models", MODEL_LISTS.values(), ids=MODEL_LISTS)
+def test_where_the_list_leaves_it_open_one_tiny_call_decides(models):
+    line, bodies = reached(Answer(text="1"), models)
+    assert line is None
+    (body,) = bodies
+    assert (body["model"], body["max_tokens"], body["temperature"]) == ("m", 1, 0.0)
+    assert "response_format" not in body
+    line, bodies = reached(refusal(404, "The model `m` does not exist"), models, known=True)
+    assert (line, bodies) == (None, [])
+
+
+def test_the_tiny_call_limits_its_tokens_by_the_judges_own_word():
+    _, (body,) = reached(None, ("x",), sampling={"max_completion_tokens": 500, "temperature": None})
+    assert (body["max_completion_tokens"], "max_tokens" in body, "temperature" in body) == (1, False, False)
+
+
+def test_a_model_list_that_is_bare_is_read():
+    assert reached(PAGE, Answer(body=b'[{"id": "m"}]')) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "models", "line"),
+    [
+        (None, refusal(401, "no such key sk-judge"), "URL refuses the api_key: status 401: no such key ***"),
+        (refusal(401, "bad"), NOT_FOUND, "URL refuses the api_key: status 401: bad"),
+        (refusal(403, "not yours"), ("x",), "URL refuses the api_key: status 403: not yours"),
+        (
+            refusal(404, "The model `m` does not exist"), ("mm", "other"),
+            "URL has no model 'm'; did you mean 'mm'? known: mm, other",
+        ),
+        (
+            refusal(404, "model 'm' not found", code="model_not_found"), NOT_FOUND,
+            "URL has no model 'm'; status 404: model 'm' not found",
+        ),
+        (refusal(400, "Model Not Exist"), ("zeta",), "URL has no model 'm'; known: zeta"),
+        (refusal(402, "Insufficient Balance"), ("x",), "URL: status 402: Insufficient Balance"),
+        (refusal(400, "temperature: must be 1"), ("x",), "URL: status 400: temperature: must be 1"),
+    ],
+)  # fmt: skip
+def test_what_the_user_can_set_right_is_one_line(behaviour, models, line):
+    assert reached(behaviour, models, api_key="sk-judge")[0] == f"judge 'j': {line}"
+
+
+def test_a_server_that_wants_a_key_says_so():
+    line, bodies = reached(None, Answer(status=401))
+    assert line == "judge 'j': URL asks for an api_key: status 401: told to fail"
+    assert bodies == []
+
+
+WRONG_ADDRESS = {
+    "404 in HTML": (PAGE, "status 404: <html><h1>404</h1> our models, our shop</html>"),
+    "404": (NOT_FOUND, "status 404: {'detail': 'Not Found'}"),
+    "405": (Answer(status=405, body=b""), "status 405: no more said"),
+    "HTML": (Answer(body=b"<html>shop</html>", headers=HTML), "the answer is not JSON: <html>shop</html>"),
+    "other JSON": (Answer(body=b'{"ok": true}'), "the answer has no choices"),
+}
+
+
+@pytest.mark.parametrize(("answer", "why"), WRONG_ADDRESS.values(), ids=WRONG_ADDRESS)
+def test_a_server_that_is_something_else_is_a_wrong_address(answer, why):
+    line, _ = reached(answer, PAGE)
+    no_server = "does not answer as an OpenAI-compatible server (such addresses usually end in /v1)"
+    assert line == f"judge 'j': URL {no_server}: {why}"
+
+
+BUSY = [Answer(status=429), Answer(status=500), Answer(status=503), Answer(status=408), Answer(hang=True)]
+
+
+@pytest.mark.parametrize("busy", BUSY)
+def test_a_server_that_is_slow_or_overloaded_is_nobodys_error(busy, monkeypatch):
+    monkeypatch.setattr(probe, "PROBE", 0.2)
+    assert reached(PAGE, busy) == (None, [])
+    assert reached(busy, ("x",))[0] is None
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Could not finish the message because max_tokens or model output limit was reached.",
+        "max_completion_tokens: below the minimum value, 16",
+    ],
+)
+def test_what_a_server_has_against_one_token_is_not_the_judges_fault(message):
+    line, bodies = reached(refusal(400, message), ("x",))
+    assert (line, len(bodies)) == (None, 1)
+
+
+NO_PROBABILITIES = "URL gives no probabilities of tokens, which confidence: logprob needs"
+
+
+@pytest.mark.parametrize(
+    ("answer", "why"),
+    [
+        (Answer(text="1"), "its answer holds none"),
+        (Answer(text="1", logprobs={"content": [{"token": "1", "logprob": 0.0}]}), "its answer holds none"),
+        (refusal(400, "logprobs is not supported"), "status 400: logprobs is not supported"),
+    ],
+)
+def test_a_server_without_probabilities_is_an_error_where_the_confidence_is_made_of_them(answer, why):
+    for models in ((), ("m",), PAGE):
+        line, bodies = reached(answer, models, confidence="logprob")
+        assert line == f"judge 'j': {NO_PROBABILITIES} ({why}); verbal and votes need none"
+        assert {body["top_logprobs"] for body in bodies} == {20}
+    assert reached(answer, (), confidence="logprob", known=True) == (None, [])
+
+
+def test_where_one_token_shows_no_probabilities_the_judges_own_limit_is_tried():
+    def behave(body, number):
+        return Answer(text="", logprobs={"content": []}) if body["max_tokens"] == 1 else Answer(logprobs=spelt("1"))
+
+    with JudgeServer(behave) as server:
+        reach(server.url, confidence="logprob", sampling={"max_tokens": 77})
+    assert [body["max_tokens"] for body in server.bodies] == [1, 77]
+
+
+# A JSON schema for the reply
+
+
+SCHEMA = {"type": "object", "properties": {"score": {"type": "number"}}}
+SCHEMED = replace(CALL, schema=SCHEMA)
+FORMAT = {"type": "json_schema", "json_schema": {"name": "verdict", "strict": True, "schema": SCHEMA}}
+REFUSALS = {
+    "400": refusal(400, "This response_format type is unavailable now"),
+    "param": refusal(400, "not supported", param="response_format"),
+    "422": Answer(status=422, body=b'{"detail": [{"loc": ["body", "response_format"], "msg": "extra"}]}'),
+    "text": Answer(status=400, body=b'{"error": "structured output needs another engine"}'),
+    "501": refusal(501, "guided decoding is not there"),
+    "grammar": refusal(400, "failed to parse grammar"),
+}
+
+
+def ask_schemed(behaviour, calls, **fields):
+    with JudgeServer(behaviour) as server:
+
+        async def main():
+            client = OpenAIClient(judge(server.url, **fields), random.Random(0))
+            records = [await client.ask(call) for call in calls]
+            await client.close()
+            return records
+
+        return asyncio.run(main()), server.bodies
+
+
+def test_the_schema_of_a_call_is_sent():
+    _, (body,) = ask_schemed(None, [SCHEMED])
+    assert body == {
+        "model": "m", "messages": list(CALL.messages), "temperature": 0.0, "max_tokens": 9, "top_k": 3,
+        "response_format": FORMAT,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("no", REFUSALS.values(), ids=REFUSALS)
+def test_a_server_without_schemas_is_asked_again_at_once_and_from_then_on_without(no):
+    def behave(body, number):
+        return no if "response_format" in body else verdict()
+
+    records, bodies = ask_schemed(behave, [SCHEMED, SCHEMED, SCHEMED], retries=0)
+    assert [(record.outcome, record.attempts) for record in records] == [(Outcome.OK, 1)] * 3
+    assert ["response_format" in body for body in bodies] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("no", REFUSALS.values(), ids=REFUSALS)
+def test_a_schema_that_must_be_kept_is_never_left_out(no):
+    (record,), bodies = ask_schemed(lambda *_: no, [SCHEMED], json_schema="always")
+    assert (record.outcome, record.attempts, len(bodies)) == (Outcome.TRANSPORT, 1, 1)
+    assert record.detail.startswith("the server has no JSON schema, which json_schema: always needs: status ")
+    line, (body,) = reached(no, (), json_schema="always")
+    assert line.startswith("judge 'j': URL has no JSON schema for replies, which json_schema: always needs: status ")
+    assert body["response_format"]["json_schema"]["strict"] is True
+    assert reached(no, (), json_schema="auto") == (None, [])
+
+
+def test_a_refusal_for_another_reason_is_not_taken_for_one_of_the_schema():
+    for fault in (refusal(400, "too long"), refusal(429, "response_format tokens used up"), refusal(401, "grammar")):
+        records, bodies = ask_schemed(lambda *_, fault=fault: fault, [SCHEMED], retries=0)
+        assert (records[0].outcome, len(bodies)) == (Outcome.TRANSPORT, 1)
+    echo = refusal(400, "too long: {'response_format': ...}")  # not the schema's fault, as the second answer shows
+    _, bodies = ask_schemed(lambda body, number: verdict() if number > 1 else echo, [SCHEMED, SCHEMED], retries=0)
+    assert ["response_format" in body for body in bodies] == [True, False, True]
+
+
+def test_each_endpoint_has_schemas_or_not():
+    with (
+        JudgeServer() as one,
+        JudgeServer(lambda b, _: REFUSALS["400"] if "response_format" in b else verdict()) as two,
+    ):
+
+        async def main():
+            client = OpenAIClient(judge(one.url, two.url), random.Random(0))
+            for _ in range(6):
+                await client.ask(SCHEMED)
+            await client.close()
+
+        asyncio.run(main())
+    assert ["response_format" in body for body in one.bodies] == [True] * 3
+    assert ["response_format" in body for body in two.bodies] == [True, False, False, False]
+
+
+def test_a_form_of_reply_that_the_judges_file_asks_for_stands():
+    own = replace(SCHEMED, sampling={"extra_body": {"response_format": {"type": "json_object"}}})
+    (record,), (body,) = ask_schemed(lambda *_: REFUSALS["400"], [own])
+    assert body["response_format"] == {"type": "json_object"}
+    assert record.detail == "status 400: This response_format type is unavailable now"

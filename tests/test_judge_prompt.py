@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from grape.errors import ConfigError
-from grape.judge.critic import FIELDS
 from grape.judge.prompt import fence, load_prompt, neutral, well_formed
+from grape.judge.wording import FIELDS
 
 SECRET = b"s" * 32
 MARKS = re.compile(r"<<<(?:end )?response ([0-9a-f]{32})>>>")
@@ -75,6 +75,11 @@ def test_template_syntax_and_white_space_in_a_response_come_out_as_they_stand(tm
         ("<bos><eos>", "< bos>< eos>"),
         ("<|turn>model\nx<turn|>", "< |turn>model\nx< turn|>"),
         ("<<|im_end|>>", "<< |im_end|>>"),
+        ("<seed:bos>system<seed:eos>", "< seed:bos>system< seed:eos>"),
+        ("<reserved_106><unused7><extra_id_1><SPECIAL_12>", "< reserved_106>< unused7>< extra_id_1>< SPECIAL_12>"),
+        ("[gMASK]<sop>[THINK][/THINK]", "[ gMASK]< sop>[ THINK][ /THINK]"),
+        ("[|system|]x[|endofturn|]", "[ |system|]x[ |endofturn|]"),
+        ("]~!b[]~b]system\nx[e~[", "] ~!b[] ~b]system\nx[ e~["),
     ],
 )
 def test_control_tokens_of_chat_formats_are_broken(text, broken):
@@ -83,7 +88,20 @@ def test_control_tokens_of_chat_formats_are_broken(text, broken):
 
 @pytest.mark.parametrize(
     "text",
-    ["a < b | c > d", "<think>x</think>", "[1] <b>bold</b>", "x[INSTALL]", "f(<T>)", "a||b", "p <|> q", "f <| x |> g"],
+    [
+        "a < b | c > d",
+        "<think>x</think>",
+        "[1] <b>bold</b>",
+        "x[INSTALL]",
+        "f(<T>)",
+        "a||b",
+        "p <|> q",
+        "f <| x |> g",
+        "[|f x|]",
+        "a[i]~b",
+        "<seeds>",
+        "x <unused> [mask]",
+    ],
 )
 def test_ordinary_text_is_left_alone(text):
     assert neutral(text) == text

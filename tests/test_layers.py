@@ -12,27 +12,27 @@ import grape
 PACKAGE = Path(grape.__file__).parent
 # A module may import those of the lines above its own, and its siblings in the same folder.
 LAYERS = [
-    {"errors", "types", "reward"},
+    {"errors", "types", "reward", "agreement"},
     {"resources", "scale", "sandbox"},
     {"config", "chat", "kl"},
     {"adapters", "linear_head", "loss"},
     {"policy", "value", "attention"},
     {"cache", "head"},
     {"rollout", "logprobs", "shards"},
-    {"member", "modes"},
-    {"reference", "ranks", "packing"},
+    {"member", "modes", "engine"},
+    {"reference", "ranks", "packing", "served"},
     {"objective", "sampler"},
     {"optimize"},
     {"checkers", "log"},
     {"item"},
     {"rubric", "rows", "judge"},
-    {"plan", "formats"},
+    {"plan", "formats", "gold"},
     {"batch", "hidden"},
     {"improve", "panel", "records"},
-    {"run"},
-    {"scoring", "schemas", "report", "starter", "questions", "progress"},
-    {"collect", "order"},
-    {"metrics"},
+    {"run", "controls"},
+    {"scoring", "schemas", "report", "reliability", "starter", "questions", "progress"},
+    {"collect", "order", "fitting", "repeat"},
+    {"metrics", "calibrate"},
     {"step"},
     {"groups", "material", "checkpoint"},
     {"heldout", "learner"},
@@ -44,7 +44,7 @@ LAYERS = [
 TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective"}
 TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
-TENSOR |= {"ranks", "sampler", "learner", "attention", "packing", "shards"}
+TENSOR |= {"engine", "served", "ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 

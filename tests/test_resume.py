@@ -172,7 +172,7 @@ def test_as_many_checkpoints_are_kept_as_asked_for(small):
     ]
 
 
-@pytest.mark.parametrize("death", [("open", "step-000002/state.json"), slow("shutil.rmtree", "step-000001")])
+@pytest.mark.parametrize("death", [slow("open", "step-000002/state.json"), slow("shutil.rmtree", "step-000001")])
 def test_a_kill_while_a_checkpoint_is_written_leaves_one_that_is_whole(tmp_path, small, death):
     whole = shutil.copytree(small, tmp_path / "whole")
     live(small, "checkpoint.keep=1", death=death)

@@ -42,9 +42,10 @@ def test_every_table_view_and_column_has_a_comment_that_fits_a_line(log):
     assert len(columns) > 180
     assert [f"{name}.{column}" for name, column, comment in columns if not comment] == []
     assert {name for name, _, _ in columns} == {
-        "dictionary", "failure_siblings", "failures", "improve_effect", "item_credit", "item_health", "judge_calls",
+        "dictionary", "failure_siblings", "failures", "human_labels", "improve_effect", "item_credit", "item_health", "judge_calls",
         "judge_cost", "moved_most", "questions", "response_scores", "responses", "rewards", "runs", "steps",
         "training_curve", "verdicts",
+            "score_by_length", "judge_gap", "constant_items", "judge_disagreement", "stock_phrases", "null_controls",
     }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def tiny_policy(folder: Path, kind: str = "qwen3", **config: Any) -> Policy:
     return load_policy(str(tiny_folder(folder, kind, **config)))
 
 
-def tiny_judge(folder: Path, *, share: float = 0.75) -> Path:
+def tiny_judge(folder: Path, *, share: float = 0.75, **config: Any) -> Path:
     """A judge made by hand: it always replies `{"reasoning": "ok", "score": 1}`, or 0 with probability 1 - ``share``.
 
     Each token decides the next one, but for a little that the prompt adds by attention, so that its probabilities
@@ -96,7 +96,7 @@ def tiny_judge(folder: Path, *, share: float = 0.75) -> Path:
     """
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens([HEAD])
-    model = tiny_model(tied=False, vocab_size=len(tokenizer), max_position_embeddings=1024)
+    model = tiny_model(tied=False, vocab_size=len(tokenizer), **{"max_position_embeddings": 1024, **config})
     chain = {"\n": {HEAD: 1.0}, HEAD: {"1": share, "0": 1 - share}, "1": {"}": 1.0}, "0": {"}": 1.0}, "}": {END: 1.0}}
     with torch.no_grad():
         before_VH, after_VH = model.get_input_embeddings().weight, model.get_output_embeddings().weight

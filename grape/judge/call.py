@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from grape.types import Message, Outcome
 
@@ -90,23 +90,6 @@ class CallRecord:
                 "tokens": json.loads(tokens) if isinstance(tokens, str) else tokens,
             }
         )
-
-
-class Client(Protocol):
-    """Where a judge is asked. ``shown``: the prompts are sent (else only response and item identify the call).
-
-    `reach` is told the endpoints that have answered this judge before, which need no question to try them.
-    """
-
-    shown: bool
-
-    async def ask(self, call: Call) -> CallRecord: ...
-
-    def repairs(self, call: Call) -> bool: ...
-
-    async def reach(self, known: Collection[str | None]) -> None: ...
-
-    async def close(self) -> None: ...
 
 
 def call_key(

@@ -20,18 +20,24 @@ from grape.judge.request import Budget, Endpoint, PerMinute, Price, Sampling, Se
 from grape.judge.spread import Aggregate
 from grape.types import Name, Strict
 
-CLIENTS = ("openai", "transformers", "replay", "jury")
-CLIENTS_TO_COME = ("vllm",)
+CLIENTS = ("openai", "vllm", "transformers", "replay", "jury")
 CONFIDENCES = ("verbal", "logprob", "votes", "agreement", "none")
-NEEDS = {"openai": ("endpoint", "model"), "transformers": ("model",), "replay": ("replies",), "jury": ("judges",)}
+NEEDS = {
+    "openai": ("endpoint", "model"),
+    "vllm": ("model",),
+    "transformers": ("model",),
+    "replay": ("replies",),
+    "jury": ("judges",),
+}
 GOES_ONLY_WITH = {
     "parser": ("replay",),
     "replies": ("replay",),
-    "batch": ("transformers",),
-    "dtype": ("transformers",),
+    "batch": ("transformers", "vllm"),
+    "dtype": ("transformers", "vllm"),
+    "engine": ("vllm",),
     "budget": ("openai",),
     "endpoint": ("openai",),
-    "json_schema": ("openai", "replay"),
+    "json_schema": ("openai", "vllm", "replay"),
     "judges": ("jury",),
     "requests_per_minute": ("openai",),
     "tokens_per_minute": ("openai",),
@@ -50,8 +56,10 @@ NO_URL = "is not an address such as http://localhost:8000/v1"
 class Judge(Extensible):
     """One judge. ``endpoint``, ``api_key`` and ``model`` may be ``$NAME``, a variable of the environment.
 
-    With client transformers ``model`` is a folder (beside this file, or else where the command runs) or a name on the
-    hub, and ``batch`` calls are decoded together: with 1, what is asked beside a call changes no bit of its reply.
+    With clients transformers and vllm ``model`` is a folder (beside this file, or else where the command runs) or a
+    name on the hub, and at most ``batch`` calls are decoded together (1, or with vllm 256): with 1, what is asked
+    beside a call changes no bit of its reply. ``engine`` holds vLLM's own options, such as
+    max_model_len. ``together``: one call asks about all items of a response.
     """
 
     judge: Name
@@ -61,6 +69,7 @@ class Judge(Extensible):
     model: str | None = None
     prompt: str = "score"
     sampling: Sampling = Sampling()
+    together: bool = False
     json_schema: Literal["auto", "always", "never"] = "auto"
     confidence: str = Field("verbal", json_schema_extra={"enum": list(CONFIDENCES)})
     votes: Annotated[int, Field(ge=2, le=1000)] = 5
@@ -75,7 +84,8 @@ class Judge(Extensible):
     requests_per_minute: PerMinute | None = None
     tokens_per_minute: PerMinute | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    batch: Annotated[int, Field(ge=1)] = 1
+    batch: Annotated[int, Field(ge=1)] | None = None
+    engine: dict[str, Any] = {}
     replies: str | None = None
     parser: Literal["json", "rating", "label"] = "json"
     _source: str = PrivateAttr("")
@@ -96,12 +106,12 @@ class Judge(Extensible):
     @field_validator("client")
     @classmethod
     def _client(cls, name: str) -> str:
-        return _offered("client", name, CLIENTS, CLIENTS_TO_COME)
+        return _offered("client", name, CLIENTS)
 
     @field_validator("confidence")
     @classmethod
     def _confidence(cls, name: str) -> str:
-        return _offered("confidence", name, CONFIDENCES, ())
+        return _offered("confidence", name, CONFIDENCES)
 
     @field_validator("endpoint")
     @classmethod
@@ -122,13 +132,12 @@ class Judge(Extensible):
                 raise ValueError(f".{field}: goes only with client: {' or '.join(clients)}")
         if extra := sorted(self.model_fields_set.intersection(NOT_WITH.get(self.client, ()))):
             raise ValueError(f".{extra[0]}: does not go with client: {self.client}; each of its judges has its own")
-        if self.client == "transformers":
-            if unknown := sorted(set(self.sampling.params()) - SAMPLING_HERE):
-                raise ValueError(
-                    f".sampling.{unknown[0]}: client {self.client!r} has {', '.join(sorted(SAMPLING_HERE))}"
-                )
-            if self.sampling.max_tokens is None:
-                raise ValueError(f".sampling.max_tokens: client {self.client!r} needs it")
+        if self.client in {"transformers", "vllm"} and self.sampling.max_tokens is None:
+            raise ValueError(f".sampling.max_tokens: client {self.client!r} needs it")
+        if self.client == "transformers" and (unknown := sorted(set(self.sampling.params()) - SAMPLING_HERE)):
+            raise ValueError(f".sampling.{unknown[0]}: client {self.client!r} has {', '.join(sorted(SAMPLING_HERE))}")
+        if self.budget and self.budget.cost is not None and self.price is None:
+            raise ValueError(".budget.cost: needs a price, by which the cost is counted")
         self._sure()
         for name, value in self._outside():
             if value and value.startswith("$") and not VARIABLE.fullmatch(value):
@@ -145,6 +154,8 @@ class Judge(Extensible):
             raise ValueError(
                 f".confidence: {self.confidence!r} is not available with parser {self.parser!r}; use none or votes"
             )
+        if self.together and (self.client in {"replay", "jury"} or self.confidence not in {"verbal", "none"}):
+            raise ValueError(".together: goes with confidence verbal or none, and not with clients replay and jury")
         if "votes" in self.model_fields_set and self.confidence != "votes":
             raise ValueError(".votes: goes only with confidence: votes")
         if self.confidence == "votes" and self.client != "replay" and not self.sampling.temperature:
@@ -198,7 +209,7 @@ class Judge(Extensible):
     @property
     def form(self) -> str:
         """What decides a reply, or how it is read, beside model, sampling and messages."""
-        if self.client != "transformers":
+        if self.client not in {"transformers", "vllm"}:
             return f"{self.parser}{' logprob' * (self.confidence == 'logprob')}"
         return f"{self.parser} {self.dtype}{' logprob' * (self.confidence == 'logprob')}"
 
@@ -210,7 +221,7 @@ class Judge(Extensible):
     @property
     def schemed(self) -> bool:
         """Whether the server is (or was, where its replies are stored) asked to hold its reply to a JSON schema."""
-        return self.client in {"openai", "replay"} and self.parser == "json" and self.json_schema != "never"
+        return self.client in {"openai", "vllm", "replay"} and self.parser == "json" and self.json_schema != "never"
 
     @property
     def calibration(self) -> Calibration | None:
@@ -233,12 +244,10 @@ class Judge(Extensible):
         return filled
 
 
-def _offered(field: str, name: str, there: tuple[str, ...], to_come: tuple[str, ...]) -> str:
-    if name in there:
-        return name
-    if name in to_come:
-        raise ValueError(f"{name!r} is not available in this version; available: {', '.join(there)}")
-    raise ValueError(f"no {field} {name!r}; {known(there, name)}")
+def _offered(field: str, name: str, there: tuple[str, ...]) -> str:
+    if name not in there:
+        raise ValueError(f"no {field} {name!r}; {known(there, name)}")
+    return name
 
 
 def parse_judge(data: Any, source: str) -> Judge:
@@ -273,7 +282,7 @@ def load_judge(name: str | Path) -> Judge:
     if calibration is not None and calibration.identity != judge.identity:
         raise ConfigError(
             f"{calibration_path(path)}: was fitted before {path.name} or its prompt was changed: "
-            "run grape calibrate again, or remove it"
+            "remove it, score again and run grape calibrate anew"
         )
     judge._calibration = calibration
     return judge

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grape.errors import ConfigError, JudgeError
+from grape.errors import JudgeError
 from grape.item import Item
 from grape.judge.calibration import calibrated
-from grape.judge.call import Call, CallRecord, Client, Purpose, call_key
+from grape.judge.call import Call, CallRecord, Purpose, call_key
+from grape.judge.client import Client, open_client
 from grape.judge.config import Judge
+from grape.judge.limits import Meter
 from grape.judge.memory import Memory, StoredOnly
-from grape.judge.prompt import Prompt, fence, load_prompt, neutral
-from grape.judge.reply import Reply, parse_prose, parse_reply, reply_schema
+from grape.judge.reply import Reply, parse_prose, parse_reply, parse_whole, reply_schema, whole_schema
 from grape.judge.spread import combined
 from grape.judge.tokens import score_shares
 from grape.judge.trail import Trail, joined, voted
+from grape.judge.wording import Wording
 from grape.types import Message, Outcome, Question, Response, Verdict
 
 if TYPE_CHECKING:
     from grape.judge.jury import Jury
 
-FIELDS = ("question", "response", "reference", "critique", "criterion", "scale", "confidence")
-REPAIR_FIELDS = ("problem", "scale", "confidence")
 # Failures that another model may not share; a dead server or an exhausted budget is not among them.
 MODEL_DEPENDENT = {Outcome.UNPARSABLE, Outcome.REFUSED, Outcome.OUT_OF_RANGE, Outcome.TIMEOUT}
 
@@ -55,16 +55,14 @@ class Critic:
     ) -> None:
         self.judge = judge
         self.fallback = fallback
-        self._secret = secret
         self._record = record
         self._memory = memory
-        self._client: Client = StoredOnly() if stored_only and judge.client != "replay" else open_client(judge)
+        self.meter = Meter(judge, memory.spent(judge.judge) if memory and judge.budget else (0, 0.0))
+        stored = stored_only and judge.client != "replay"
+        self._client: Client = StoredOnly() if stored else open_client(judge, self.meter)
         self._model = judge.model_name
         self._sampling = judge.sampling.params()
-        self._prompt = load_prompt(judge.prompt, FIELDS)
-        self._repair_prompt = load_prompt("repair", REPAIR_FIELDS)
-        self._critique_prompt = load_prompt("critique", FIELDS)
-        self._critics: dict[str, Prompt] = {}
+        self._wording = Wording(judge, secret)
         self._known: dict[str, CallRecord] = {}
         self._under_way: dict[str, asyncio.Future[CallRecord | None]] = {}
 
@@ -77,11 +75,13 @@ class Critic:
     @property
     def width(self) -> int:
         """How many calls it keeps busy."""
-        return self.judge.concurrency * len(self.judge.endpoint or [None])
+        endpoints = [endpoint.concurrency for endpoint in self.judge.endpoint or []] or [None]
+        return sum(own or self.judge.concurrency for own in endpoints)
 
     async def reach(self) -> None:
         """`ConfigError` of one line where the judge, or its fallback, is not there or cannot give what is asked."""
-        await self._client.reach(self._memory.endpoints(self._model) if self._memory else ())
+        tokens = self.judge.confidence == "logprob"
+        await self._client.reach(self._memory.endpoints(self._model, tokens=tokens) if self._memory else ())
         if self.fallback:
             await self.fallback.reach()
 
@@ -93,11 +93,41 @@ class Critic:
 
     def check(self, item: Item) -> None:
         """`ConfigError` where the prompts cannot serve this item: one is missing, or leaves out what is judged."""
-        needs = ["response", "criterion"] + ["reference"] * item.reference + ["critique"] * bool(item.critique)
-        _needs(self._prompt, needs, item)
-        if item.critique:
-            prompt = self._critic(item.critique)
-            _needs(prompt if "user" in prompt.blocks else self._critique_prompt, ["response"], item)
+        self._wording.check(item)
+
+    async def verdicts(self, question: Question, response: Response, items: Sequence[Item]) -> list[Verdict]:
+        """A verdict for each item: of one call for all, where the judge is asked about items `together`.
+
+        Items with a critique are asked about alone; so are those that see the reference and those that do not.
+        """
+        alone = [item for item in items if item.critique or not self.judge.together]
+        calls = [self._asked_alone(question, response, item) for item in alone]
+        for reference in (False, True):
+            if few := [item for item in items if item not in alone and item.reference is reference]:
+                calls.append(self._asked_together(question, response, few))
+        found = {verdict.item: verdict for some in await asyncio.gather(*calls) for verdict in some}
+        return [found[item.id] for item in items]
+
+    async def _asked_alone(self, question: Question, response: Response, item: Item) -> list[Verdict]:
+        return [await self.verdict(question, response, item)]
+
+    async def _asked_together(self, question: Question, response: Response, items: Sequence[Item]) -> list[Verdict]:
+        """One call; an item about which the reply cannot be read is asked about alone."""
+        for item in items:
+            self.check(item)
+        trail = Trail(question, response, items[0])
+        try:
+            replies: Mapping[str, Reply | JudgeError] = await self._whole(trail, items)
+        except JudgeError as error:
+            replies = {item.id: error for item in items}
+        verdicts = []
+        for place, item in enumerate(items):
+            verdict = self._given(trail.about(item, first=place == 0), replies[item.id])
+            unread = verdict.outcome is Outcome.UNPARSABLE
+            verdicts.append(
+                self.verdict(question, response, item) if unread else self._settled(question, verdict, response, item)
+            )
+        return list(await asyncio.gather(*verdicts))
 
     async def verdict(self, question: Question, response: Response, item: Item) -> Verdict:
         """The verdict of this judge, or of its fallback, on one item: a failure is an outcome and never raises.
@@ -111,6 +141,10 @@ class Critic:
             verdict = voted(await asyncio.gather(*votes), self.judge.aggregate, judge=self.judge.judge)
         else:
             verdict = await self.sample(question, response, item, 0)
+        return await self._settled(question, verdict, response, item)
+
+    async def _settled(self, question: Question, verdict: Verdict, response: Response, item: Item) -> Verdict:
+        """The verdict, calibrated; the fallback's where this judge failed in a way that depends on the model."""
         if self.fallback is not None and verdict.outcome in MODEL_DEPENDENT:
             return joined(verdict, await self.fallback.verdict(question, response, item))
         return calibrated(verdict, self.judge.calibration, question.category)
@@ -119,9 +153,14 @@ class Critic:
         """One reply of this judge as a verdict, not calibrated; its samples differ by their number."""
         trail = Trail(question, response, item, sample)
         try:
-            reply = await self._judge(trail)
+            return self._given(trail, await self._judge(trail))
         except JudgeError as error:
-            return trail.verdict(self.judge.judge, error.outcome, detail=str(error), reasoning=error.reasoning)
+            return self._given(trail, error)
+
+    def _given(self, trail: Trail, reply: Reply | JudgeError) -> Verdict:
+        """What the judge gave, as a verdict that is not calibrated."""
+        if isinstance(reply, JudgeError):
+            return trail.verdict(self.judge.judge, reply.outcome, detail=str(reply), reasoning=reply.reasoning)
         return trail.verdict(
             self.judge.judge,
             Outcome.OK,
@@ -134,20 +173,19 @@ class Critic:
 
     async def _judge(self, trail: Trail) -> Reply:
         """Critique if the item wants one, score, and one repair question for a reply that cannot be read."""
-        values = self._values(trail) if self._client.shown else {}
+        about, shown = (trail.question, trail.response, trail.item), self._client.shown
         if trail.item.critique:
-            critic = self._critic_messages(trail.item.critique, values) if values else ()
-            call = self._call("critique", trail, critic)
+            call = self._call("critique", trail, self._wording.critique(*about) if shown else ())
             trail.critique = await self._ask(call, trail, _prose)
-            if values:
-                values["critique"] = fence("critique", trail.critique, self._secret)
-        call = self._call("score", trail, self._prompt.messages(**values) if values else ())
+        call = self._call("score", trail, self._wording.score(*about, trail.critique) if shown else ())
         read = self._reader(trail.item, call.messages)
         try:
             return await self._ask(call, trail, read)
         except JudgeError as error:
             first = error
-        repair = self._call("repair", trail, (*call.messages, *self._repair(trail, call, first)))
+        said, scale = trail.calls[call.key].reply or "", trail.item.scale.describe()
+        more = self._wording.repair(said, str(first), scale) if shown else ()
+        repair = self._call("repair", trail, (*call.messages, *more))
         if first.outcome is not Outcome.UNPARSABLE or not self._client.repairs(repair):
             raise first
         try:
@@ -156,41 +194,18 @@ class Critic:
             detail = f"{first}; after one repair question: {error}"
             raise JudgeError(error.outcome, detail, error.reasoning) from error
 
-    def _values(self, trail: Trail) -> dict[str, Any]:
-        """What the prompts are filled with: outside texts fenced, the reference only where the item wants it."""
-        question, item = trail.question, trail.item
-        if item.reference and question.reference is None:
-            raise ConfigError(f"question {question.question_id!r} has no field 'reference'; item {item.id!r} needs it")
-        return {
-            "question": fence("question", question.prompt, self._secret),
-            "response": fence("response", trail.response.text, self._secret),
-            "reference": fence("reference", question.reference or "", self._secret) if item.reference else "",
-            "critique": "",
-            "criterion": neutral(item.criterion),
-            "scale": item.scale.describe(),
-            "confidence": self.judge.verbal,
-        }
+    async def _whole(self, trail: Trail, items: Sequence[Item]) -> Mapping[str, Reply | JudgeError]:
+        """One question about several items."""
+        messages = self._wording.whole(trail.question, trail.response, items)
+        scales, shown = {item.id: item.scale for item in items}, [message["content"] for message in messages]
+        verbal = self.judge.verbal
 
-    def _critic(self, name: str) -> Prompt:
-        if name not in self._critics:
-            self._critics[name] = load_prompt(f"critique/{name}", FIELDS)
-        return self._critics[name]
+        def read(record: CallRecord) -> Mapping[str, Reply | JudgeError]:
+            end = record.finish_reason
+            return parse_whole(_said(record), scales, verbal=verbal, finish_reason=end, prompt=shown)
 
-    def _critic_messages(self, name: str, values: Mapping[str, Any]) -> tuple[Message, ...]:
-        """The critic's own system text, with the standard user text where its file has none."""
-        prompt = self._critic(name)
-        if "user" in prompt.blocks:
-            return prompt.messages(**values)
-        texts = {**self._critique_prompt.render(**values), **prompt.render(**values)}
-        return tuple({"role": role, "content": texts[role]} for role in ("system", "user"))
-
-    def _repair(self, trail: Trail, call: Call, error: JudgeError) -> tuple[Message, ...]:
-        """The judge's own reply, and what is wrong with it in words of ours alone."""
-        if not self._client.shown:
-            return ()
-        said = neutral(trail.calls[call.key].reply or "") or "(nothing)"
-        values = {"problem": str(error), "scale": trail.item.scale.describe(), "confidence": self.judge.verbal}
-        return ({"role": "assistant", "content": said}, *self._repair_prompt.messages(**values))
+        call = self._call("score", trail, messages, schema=whole_schema(scales, verbal=verbal))
+        return await self._ask(replace(call, item=", ".join(scales)), trail, read)
 
     def _reader(self, item: Item, messages: tuple[Message, ...]) -> Read[Reply]:
         shown = [message["content"] for message in messages]
@@ -214,10 +229,13 @@ class Critic:
 
         return read
 
-    def _call(self, purpose: Purpose, trail: Trail, messages: tuple[Message, ...]) -> Call:
+    def _call(
+        self, purpose: Purpose, trail: Trail, messages: tuple[Message, ...], schema: Mapping[str, Any] | None = None
+    ) -> Call:
         subject = () if self._client.shown else (purpose, trail.response.response_id, trail.item.id)
         scored = purpose != "critique"
-        schema = reply_schema(trail.item.scale, verbal=self.judge.verbal) if scored and self.judge.schemed else None
+        schema = schema or reply_schema(trail.item.scale, verbal=self.judge.verbal)
+        schema = schema if scored and self.judge.schemed else None
         form, sample, sampling = self.judge.form, trail.sample, self._sampling
         if sample and "seed" in sampling:
             sampling = {**sampling, "seed": sampling["seed"] + sample}  # or else all votes would be one
@@ -262,7 +280,8 @@ class Critic:
                 read(record)
             except JudgeError as error:
                 record = replace(record, outcome=error.outcome, detail=str(error))
-            self._record(call.row(record))
+            if record.outcome is not Outcome.BUDGET:  # else no call was made
+                self._record(call.row(record))
             if record.answered:
                 self._known[call.key] = record
             shared = record
@@ -270,21 +289,6 @@ class Critic:
         finally:
             del self._under_way[call.key]
             mine.set_result(shared)
-
-
-def open_client(judge: Judge) -> Client:
-    """The client that a judge's file names."""
-    if judge.client == "replay":
-        from grape.judge.replay import ReplayClient
-
-        return ReplayClient(judge)
-    if judge.client == "transformers":
-        from grape.judge.local import LocalClient
-
-        return LocalClient(judge)
-    from grape.judge.openai import OpenAIClient  # loads the openai package, which takes a while
-
-    return OpenAIClient(judge)
 
 
 def _said(record: CallRecord) -> str:
@@ -296,8 +300,3 @@ def _said(record: CallRecord) -> str:
 def _prose(record: CallRecord) -> str:
     """A critique: prose, so anything but nothing or a refusal will do."""
     return parse_prose(_said(record), finish_reason=record.finish_reason)
-
-
-def _needs(prompt: Prompt, names: list[str], item: Item) -> None:
-    if missing := [name for name in names if name not in prompt.fields]:
-        raise ConfigError(f"{prompt.source}: never shows {missing[0]!r}, which item {item.id!r} needs")

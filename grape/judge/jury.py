@@ -41,6 +41,10 @@ class Jury:
         for member in self.members:
             member.check(item)
 
+    async def verdicts(self, question: Question, response: Response, items: Sequence[Item]) -> list[Verdict]:
+        """A verdict for each item."""
+        return list(await asyncio.gather(*(self.verdict(question, response, item) for item in items)))
+
     async def verdict(self, question: Question, response: Response, item: Item) -> Verdict:
         """One verdict of them all; of the fallback, where half of them or more failed."""
         verdicts = await asyncio.gather(*(member.verdict(question, response, item) for member in self.members))

@@ -1,4 +1,4 @@
-"""A judge whose model runs here: transformers, in one thread beside the event loop."""
+"""A judge whose model runs here, in one thread beside the event loop: by transformers or by vLLM."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import asyncio
 import itertools
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from grape.chat import chat_ids
 from grape.errors import ConfigError, GrapeError, one_line
@@ -28,8 +28,22 @@ if TYPE_CHECKING:
 TALK: tuple[Message, ...] = tuple(
     {"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")
 )  # the longest kind of chat that a judge is asked
+BATCH = {"transformers": 1, "vllm": 256}  # calls that are decoded together where the judge's file does not say
 LIKELIEST = 20  # tokens in whose probability one is interested, at every place: as many as servers list
 LOADING = Lock()  # transformers reads one model at a time: it changes torch's defaults meanwhile
+
+
+class Decoder(Protocol):
+    """A model that decodes calls: its tokenizer, and how many tokens a prompt and its reply may have."""
+
+    tokenizer: Any
+    room: float
+
+    def decode(self, prompts: list[list[int]], calls: Sequence[Call]) -> list[Rollout]:
+        """The reply to each prompt, with what is `likeliest` where a call asks for log-probabilities."""
+
+    def close(self) -> None:
+        """Let go of the model."""
 
 
 class LocalClient:
@@ -45,17 +59,17 @@ class LocalClient:
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grape-judge")
-        self._policy: Policy | None = None
+        self._decoder: Decoder | None = None
         self._tickets = itertools.count()
         self._waiting: dict[int, Call] = {}
         self._answers: dict[int, CallRecord] = {}
         assert judge.sampling.max_tokens is not None, "such a judge has a limit"
         self._limit = judge.sampling.max_tokens
-        self._room = math.inf
 
     def repairs(self, call: Call) -> bool:
         """Whether the model has room for the repair question."""
-        return len(self._prompt(self._load(), call)) + self._limit <= self._room
+        decoder = self._load()
+        return len(self._prompt(decoder, call)) + self._limit <= decoder.room
 
     async def reach(self, known: Collection[str | None]) -> None:
         """Load the model; `ConfigError` where that cannot be, or where its template or context will not do."""
@@ -73,37 +87,33 @@ class LocalClient:
     async def close(self) -> None:
         """Let go of the model, once the call that is under way has ended. Closing twice is allowed."""
         self._thread.shutdown(wait=False, cancel_futures=True)
-        self._policy = None
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None:
+            decoder.close()
 
-    def _load(self) -> Policy:
-        if self._policy is None:
-            need_torch(f"{self.judge.source}: client: transformers")
-            import torch
-
-            from grape.policy import load_policy
-            from grape.rollout import positions
-
+    def _load(self) -> Decoder:
+        if self._decoder is None:
+            client = self.judge.client
+            need_torch(f"{self.judge.source}: client: {client}")
             where, name = f"{self.judge.source}: model", self.judge.model_name
             beside = Path(self.judge.source).parent / name
-            device = "cuda" if torch.cuda.is_available() else "cpu"
             model = str(beside) if beside.is_dir() else name
             with LOADING:
-                policy = load_policy(model, dtype=self.judge.dtype, device=device, where=where)
-            chat_ids(policy.tokenizer, TALK, where)
-            self._room = positions(policy) or math.inf
-            if self._limit >= self._room:
+                decoder = OPEN[client](self.judge, model, where)
+            chat_ids(decoder.tokenizer, TALK, where)
+            if self._limit >= decoder.room:
                 raise ConfigError(
                     f"{self.judge.source}: sampling.max_tokens: {self._limit} leave no room for a prompt: "
-                    f"the model has {self._room} positions"
+                    f"the model has {decoder.room} positions"
                 )
-            self._policy = policy
-        return self._policy
+            self._decoder = decoder
+        return self._decoder
 
     def _serve(self, ticket: int) -> CallRecord:
         """The answer to one call, got with those that wait behind it, as many as ``batch`` allows."""
         if ticket not in self._answers:
             waiting = [(number, call) for number, call in list(self._waiting.items()) if number >= ticket]
-            calls = dict(waiting[: self.judge.batch])
+            calls = dict(waiting[: self.judge.batch or BATCH[self.judge.client]])
             self._answers.update(zip(calls, self._answer(list(calls.values())), strict=True))
         return self._answers.pop(ticket)
 
@@ -111,39 +121,25 @@ class LocalClient:
         """The records of calls that are decoded together, but for those that the model has no room for."""
         from torch import OutOfMemoryError
 
-        policy, start = self._load(), perf_counter()
-        prompts = [self._prompt(policy, call) for call in calls]
+        decoder, start = self._load(), perf_counter()
+        prompts = [self._prompt(decoder, call) for call in calls]
         replies: dict[int, Rollout | str] = {
-            number: f"{self._limit} max_tokens after a prompt of {len(prompt)} exceed {self._room} positions"
+            number: f"{self._limit} max_tokens after a prompt of {len(prompt)} exceed {decoder.room} positions"
             for number, prompt in enumerate(prompts)
         }
-        fitting = [number for number, prompt in enumerate(prompts) if len(prompt) + self._limit <= self._room]
+        fitting = [number for number, prompt in enumerate(prompts) if len(prompt) + self._limit <= decoder.room]
         try:
-            said = self._decode(policy, [prompts[number] for number in fitting], [calls[number] for number in fitting])
+            said = decoder.decode([prompts[number] for number in fitting], [calls[number] for number in fitting])
             replies.update(zip(fitting, said, strict=True))
         except (GrapeError, OutOfMemoryError) as error:  # a GrapeError: the weights give no numbers
             replies.update(dict.fromkeys(fitting, one_line(error)))
         seconds = (perf_counter() - start) / len(calls)
-        return [self._record(policy, prompts[number], reply, seconds) for number, reply in replies.items()]
+        return [self._record(decoder, prompts[number], reply, seconds) for number, reply in replies.items()]
 
-    def _prompt(self, policy: Policy, call: Call) -> list[int]:
-        return chat_ids(policy.tokenizer, call.messages, f"judge {call.judge!r}")
+    def _prompt(self, decoder: Decoder, call: Call) -> list[int]:
+        return chat_ids(decoder.tokenizer, call.messages, f"judge {call.judge!r}")
 
-    def _decode(self, policy: Policy, prompts: list[list[int]], calls: list[Call]) -> list[Rollout]:
-        import torch
-
-        from grape.rollout import Sampling, sample
-
-        own = self.judge.sampling
-        sampling = Sampling(temperature=own.temperature or 0.0, top_p=own.top_p or 1.0, training=False)
-        device = policy.model.device
-        generators = [torch.Generator(device).manual_seed(int(call.key[:15], 16)) for call in calls]
-        return sample(
-            policy, prompts, responses=1, max_tokens=self._limit, generator=generators, sampling=sampling,
-            likeliest=LIKELIEST if any(call.logprobs for call in calls) else 0,
-        )  # fmt: skip
-
-    def _record(self, policy: Policy, prompt: list[int], reply: Rollout | str, seconds: float) -> CallRecord:
+    def _record(self, decoder: Decoder, prompt: list[int], reply: Rollout | str, seconds: float) -> CallRecord:
         if isinstance(reply, str):
             return CallRecord(outcome=Outcome.TRANSPORT, detail=reply, latency=seconds, created=now())
         return CallRecord(
@@ -152,9 +148,59 @@ class LocalClient:
             latency=seconds,
             input_tokens=len(prompt),
             output_tokens=len(reply.token_ids),
-            tokens=score_tokens(policy.tokenizer, reply) if reply.likeliest else None,
+            tokens=score_tokens(decoder.tokenizer, reply) if reply.likeliest else None,
             created=now(),
         )
+
+
+class Transformers:
+    """A `Decoder` by transformers, on a GPU where there is one."""
+
+    def __init__(self, judge: Judge, model: str, where: str) -> None:
+        import torch
+
+        from grape.policy import load_policy
+        from grape.rollout import positions
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._policy: Policy | None = load_policy(model, dtype=judge.dtype, device=device, where=where)
+        self._own = judge.sampling
+        self.tokenizer: Any = self._policy.tokenizer
+        self.room: float = positions(self._policy) or math.inf
+
+    def decode(self, prompts: list[list[int]], calls: Sequence[Call]) -> list[Rollout]:
+        """The replies, each drawn from a generator that its call seeds."""
+        import torch
+
+        from grape.rollout import Sampling, sample
+
+        assert self._policy is not None and self._own.max_tokens is not None, "it is open, and has a limit"
+        sampling = Sampling(temperature=self._own.temperature or 0.0, top_p=self._own.top_p or 1.0, training=False)
+        device = self._policy.model.device
+        return sample(
+            self._policy, prompts, responses=1, max_tokens=self._own.max_tokens,
+            generator=[torch.Generator(device).manual_seed(seed_of(call)) for call in calls], sampling=sampling,
+            likeliest=LIKELIEST if any(call.logprobs for call in calls) else 0,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._policy = None
+
+
+def open_vllm(judge: Judge, model: str, where: str) -> Decoder:
+    """A `Decoder` by vLLM."""
+    from grape.judge.vllm import Vllm
+
+    return Vllm(judge, model, where)
+
+
+OPEN: dict[str, Callable[[Judge, str, str], Decoder]] = {"transformers": Transformers, "vllm": open_vllm}
+
+
+def seed_of(call: Call) -> int:
+    """The seed of a call's draws, which its key decides."""
+    return int(call.key[:15], 16)
 
 
 def score_tokens(tokenizer: Any, reply: Rollout) -> list[tuple[int, list[tuple[str, float]]]] | None:

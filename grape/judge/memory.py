@@ -49,10 +49,12 @@ class Memory:
             self._wanted[key] = asyncio.get_running_loop().create_future()
         return await asyncio.shield(self._wanted[key])
 
-    def endpoints(self, model: str) -> set[str | None]:
-        """Where a model has answered before."""
+    def endpoints(self, model: str, *, tokens: bool = False) -> set[str | None]:
+        """Where a model has answered before; with ``tokens``, with the probabilities of its tokens."""
         rows = self._log.query(
-            f"select distinct endpoint from judge_calls where model = ? and outcome not in {_unanswered()}", [model]
+            f"select distinct endpoint from judge_calls where model = ? and outcome not in {_unanswered()}"
+            f"{' and tokens is not null' * tokens}",
+            [model],
         )
         return {endpoint for (endpoint,) in rows}
 

@@ -30,11 +30,14 @@ ENVIRONMENT = ImmutableSandboxedEnvironment(
     undefined=StrictUndefined, autoescape=False, trim_blocks=True, lstrip_blocks=True
 )
 # The control tokens of the chat formats in use: <|name|>, <|name> and <name|>, with the wide bars of one family; the
-# tags of sentence, turn and image; the bracketed upper-case ones. Operators (<|>, a <| b) are none.
+# tags of sentence, turn and image; numbered ones; the bracketed ones. Operators (<|>, a <| b) are none.
 CONTROL = re.compile(
     r"<(?=[|｜][^<>\s]{1,80}>|\w{1,40}[|｜]>"
-    r"|/?s>|</?SYS>>|(?:bos|eos|pad|unk|mask|image|start_of_turn|end_of_turn|start_of_image|end_of_image)>)"
-    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|IMG|PREFIX|SUFFIX|MIDDLE)\])"
+    r"|/?s>|</?SYS>>|(?:bos|eos|pad|unk|mask|image|start_of_turn|end_of_turn|start_of_image|end_of_image|sop|eop|eod)>"
+    r"|(?:seed:\w{1,20}|reserved_\d{1,4}|unused\d{1,4}|extra_id_\d{1,4}|SPECIAL_\d{1,4})>)"
+    r"|\[(?=/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|TOOL_CONTENT|IMG|PREFIX|SUFFIX|MIDDLE|THINK"
+    r"|ARGS|CALL_ID|MODEL_SETTINGS|[gs]?MASK)\]|\|(?:system|user|assistant|tool|endofturn)\|\]|e~\[)"
+    r"|\](?=~!?b[\[\]])"
 )
 
 

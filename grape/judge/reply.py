@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -68,7 +68,42 @@ def parse_reply(
 
 def parse_json(text: str, scale: Scale, *, verbal: bool = True) -> Reply:
     """Our own form: one JSON object with reasoning, score and, where ``verbal``, confidence."""
+    return _verdict(_object(_unwrap(text)), scale, verbal)
+
+
+def parse_whole(
+    text: str,
+    scales: Mapping[str, Scale],
+    *,
+    verbal: bool = True,
+    finish_reason: str | None = None,
+    prompt: Sequence[str] = (),
+) -> dict[str, Reply | JudgeError]:
+    """The verdicts of one reply about several items: one JSON object whose keys are theirs, each value our own form.
+
+    What is wrong with one item is its own `JudgeError`; one is raised where the reply cannot be read at all. A reply
+    that repeats one verdict of the texts to judge (``prompt``) gives none.
+    """
+    if finish_reason in REFUSALS:
+        raise JudgeError(Outcome.REFUSED, f"the server ended the reply with {finish_reason}")
     data = _object(_unwrap(text))
+    if strange := len(set(data) - set(scales)):
+        _unparsable(f"the keys must be the items; the object has {strange} other")
+    found: dict[str, Reply | JudgeError] = {}
+    for name, scale in scales.items():
+        try:
+            if not isinstance(data.get(name), dict):
+                _unparsable("no verdict on this item")
+            reply = found[name] = _verdict(data[name], scale, verbal)
+        except JudgeError as error:
+            found[name] = error
+        else:
+            if prompt and repeats(reply.reasoning, reply.score, scale, prompt):
+                _unparsable("the reply repeats a verdict that stands in the texts to judge")
+    return found
+
+
+def _verdict(data: dict[str, Any], scale: Scale, verbal: bool) -> Reply:
     keys = KEYS if verbal else KEYS[:2]
     if set(data) != set(keys):
         lacks = [key for key in keys if key not in data]
@@ -113,6 +148,12 @@ def reply_schema(scale: Scale, *, verbal: bool) -> dict[str, Any]:
     properties: dict[str, Any] = {"reasoning": {"type": "string"}, "score": score}
     if verbal:
         properties["confidence"] = {"type": "number", "minimum": 0, "maximum": 1}
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+def whole_schema(scales: Mapping[str, Scale], *, verbal: bool) -> dict[str, Any]:
+    """The JSON schema of a reply about several items."""
+    properties = {name: reply_schema(scale, verbal=verbal) for name, scale in scales.items()}
     return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
 
 

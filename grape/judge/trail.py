@@ -20,12 +20,17 @@ class Trail:
     response: Response
     item: Item
     sample: int = 0
+    counted: bool = True  # whether the verdict says what its calls took: one verdict does, of several by one call
     calls: dict[str, CallRecord] = field(default_factory=dict)
     critique: str | None = None
 
+    def about(self, item: Item, *, first: bool) -> Trail:
+        """The trail of another item of the same calls."""
+        return replace(self, item=item, counted=first)
+
     def verdict(self, judge: str, outcome: Outcome, **values: Any) -> Verdict:
         """A verdict with what its calls took in all."""
-        records = self.calls.values()
+        records = self.calls.values() if self.counted else ()
         counts = {
             name: [getattr(record, name) for record in records if getattr(record, name) is not None]
             for name in ("input_tokens", "output_tokens")

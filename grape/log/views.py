@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from grape.log.curves import QUERIES as CURVES
+from grape.log.monitors import QUERIES as MONITORS
 from grape.log.tables import quote
 
 # `-- name: comment`, then the query; the comment of each of its columns stands behind it.
@@ -211,4 +212,4 @@ def create(text: str) -> str:
     return ";\n".join([*script, ""])
 
 
-VIEWS = create(QUERIES + CURVES)
+VIEWS = create(QUERIES + CURVES + MONITORS)
