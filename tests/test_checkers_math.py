@@ -36,6 +36,7 @@ def boxed(answer: str) -> str:
     return f"So it is $\\boxed{{{answer}}}$."
 
 
+@pytest.mark.slow
 def test_it_agrees_with_every_stored_judgement_of_the_gsm8k_solutions():
     disagreements, number = [], 0
     with gzip.open(SOLUTIONS, "rt", encoding="utf-8") as file:
@@ -246,6 +247,7 @@ def written(value: Fraction) -> list[str]:
 
 
 @given(value=numbers, other=numbers)
+@pytest.mark.slow
 def test_numbers_are_equal_exactly_when_their_values_are(value, other):
     for one in written(value):
         for two in written(other):
@@ -258,6 +260,7 @@ def test_numbers_are_equal_exactly_when_their_values_are(value, other):
 @given(
     roots=st.lists(st.integers(-9, 9), min_size=1, max_size=3), off=st.integers(-2, 2), variable=st.sampled_from("xtn")
 )
+@pytest.mark.slow
 def test_a_product_equals_its_expansion_and_nothing_beside_it(roots, off, variable):
     coefficients = [1]
     for root in roots:
@@ -299,7 +302,14 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize("reference", ["18", "\\frac{\\sqrt{2}}{2}", "\\text{no}"])
+@pytest.mark.parametrize(
+    "reference",
+    [
+        pytest.param("18", marks=pytest.mark.slow),
+        "\\frac{\\sqrt{2}}{2}",
+        pytest.param("\\text{no}", marks=pytest.mark.slow),
+    ],
+)
 def test_the_garbage_of_a_response_scores_0(reference):
     outcomes = {name: verdict(text, reference, timeout=1) for name, text in GARBAGE.items()}
     assert {name: (each.outcome, each.score) for name, each in outcomes.items()} == dict.fromkeys(GARBAGE, ("ok", 0.0))

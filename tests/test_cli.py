@@ -123,6 +123,7 @@ def test_a_failed_out_file_leaves_no_run_behind(started, tmp_path):
     assert not (tmp_path / "critiques.duckdb").exists()
 
 
+@pytest.mark.slow
 def test_real_responses_rank_their_models(tmp_path):
     make = runpy.run_path("examples/gsm8k/make.py")
     rows = itertools.islice(make["rows"](), 200)

@@ -203,7 +203,7 @@ HOSTILE = {
     "hindi": "नमस्ते दुनिया। " * (MEGABYTE // 15),
     "one word": "a" * MEGABYTE,
 }
-LONGEST = {"initials", "hindi", "bullets", "prose"}  # seconds each: their words and sentences are counted
+LONGEST = {"initials", "hindi", "bullets", "prose", "stars", "angles"}  # seconds each
 
 
 @pytest.mark.parametrize(

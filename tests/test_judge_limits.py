@@ -16,7 +16,7 @@ from test_scoring import honest, project, rows
 import grape
 from grape.errors import ConfigError, GrapeError
 from grape.item import Item
-from grape.judge import limits, openai
+from grape.judge import limits, line, openai
 from grape.judge.config import parse_judge
 from grape.judge.critic import Critic
 from grape.judge.jury import Jury
@@ -412,6 +412,7 @@ FAULTY = [
 @pytest.mark.parametrize("share", [0.3, 1.0])
 def test_whatever_two_servers_do_every_call_ends_typed_and_the_line_is_empty(share, monkeypatch):
     monkeypatch.setattr(limits, "FIRST_REST", 0.02)
+    monkeypatch.setattr(line, "LEAST_PATIENCE", 0.3)
     rng = random.Random(5)
     plan = [rng.choice(FAULTY) if rng.random() < share else verdict() for _ in range(400)]
 

@@ -476,6 +476,7 @@ def test_large_records_go_through_several_segments(path, monkeypatch):
 # --- several at once --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_processes_that_open_a_fresh_log_at_once_all_work(path):
     script = """
         import sys
@@ -499,6 +500,7 @@ def test_processes_that_open_a_fresh_log_at_once_all_work(path):
     assert read(path, "SELECT run FROM runs ORDER BY run") == [(str(number),) for number in range(4)]
 
 
+@pytest.mark.slow
 def test_two_writers_and_a_polling_reader_get_along(path):
     Log(path).close()
     writer = """
@@ -573,6 +575,7 @@ def test_a_flush_comes_of_itself(path):
             threading.Event().wait(0.05)
 
 
+@pytest.mark.slow
 def test_threads_share_a_log(path):
     with Log(path) as log:
 

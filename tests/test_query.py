@@ -341,8 +341,9 @@ def test_without_a_query_tables_and_views_are_listed_with_their_comments(log):
     assert result.columns == ("name", "kind", "rows", "comment")
     assert ("rewards", "table", 2) in [row[:3] for row in result.rows]
     assert [row[0] for row in result.rows if row[1] == "view"] == [
-        "dictionary", "failure_siblings", "failures", "improve_effect", "item_credit", "item_health", "judge_cost",
-        "moved_most", "response_scores", "training_curve",
+        "constant_items", "dictionary", "failure_siblings", "failures", "improve_effect", "item_credit", "item_health",
+        "judge_cost", "judge_disagreement", "judge_gap", "moved_most", "null_controls", "response_scores",
+        "score_by_length", "stock_phrases", "training_curve",
     ]  # fmt: skip
     assert all(comment for *_, comment in result.rows)
     assert not {"meta", "spools"} & {row[0] for row in result.rows}

@@ -56,6 +56,7 @@ def test_what_is_not_plain_data_is_one_line(text, line):
     assert str(caught.value) == line
 
 
+@pytest.mark.slow
 def test_a_bomb_of_aliases_is_refused():
     levels = "\n".join(
         f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]"

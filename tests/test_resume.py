@@ -206,6 +206,7 @@ def changed(folder, what):
 @pytest.mark.parametrize(
     "what", ["rubric letters", "prompt improve/default", "judge default", "questions' rows", "loss"]
 )
+@pytest.mark.slow
 def test_what_changed_is_named_in_one_line_and_allowed_if_asked_for(tmp_path, judged, what):
     _, whole = judged
     folder = shutil.copytree(whole, tmp_path / "run")

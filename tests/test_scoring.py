@@ -384,6 +384,7 @@ def test_a_finished_run_is_answered_from_its_log_failures_included(tmp_path):
     assert [json.loads(line) for line in (tmp_path / "again.jsonl").read_text().splitlines()] == first
 
 
+@pytest.mark.slow
 def test_a_run_that_is_still_going_is_not_taken_up_by_another(tmp_path):
     async def twice(options):
         first = asyncio.create_task(grape.score(rows(), **options))

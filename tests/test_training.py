@@ -61,6 +61,7 @@ def test_a_run_leaves_weights_that_moved_and_a_log_that_tells_why(tmp_path):
         assert all(math.isfinite(value) for name, value in found.items() if name != "outcomes")
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_and_another_seed_others(tmp_path):
     ends = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from grape import resources
 from grape.errors import ConfigError, invalid, known
 from grape.item import Extensible
 from grape.judge.calibration import Calibration, calibration_path, load_calibration
 from grape.judge.reply import PARSERS
-from grape.judge.request import Budget, Endpoint, PerMinute, Price, Sampling, Seconds, addresses, is_url
+from grape.judge.request import Budget, Endpoint, Endpoints, PerMinute, Price, Sampling, Seconds, is_url
 from grape.judge.spread import Aggregate
 from grape.types import Name, Strict
 
@@ -64,7 +64,7 @@ class Judge(Extensible):
 
     judge: Name
     client: str = Field("openai", json_schema_extra={"enum": list(CLIENTS)})
-    endpoint: Annotated[list[Endpoint], Field(min_length=1), BeforeValidator(addresses)] | None = None
+    endpoint: Endpoints | None = None
     api_key: str | None = None
     model: str | None = None
     prompt: str = "score"

@@ -45,8 +45,8 @@ class Line:
     """Calls that wait for an endpoint of a judge. For use on one event loop.
 
     A call goes to the least busy endpoint that is in use and has not failed it, or to one that is due for a trial.
-    Where all are left out it waits at most as long as one call may take, or `LEAST_PATIENCE`. Nothing begins beyond the budget: where the
-    calls under way may take all of it, the next one waits until one has ended.
+    Where all are left out it waits at most as long as one call may take, or `LEAST_PATIENCE`. Nothing begins beyond the
+    budget: where the calls under way may take all of it, the next one waits until one has ended.
     """
 
     def __init__(

@@ -108,3 +108,13 @@ def is_url(text: str) -> bool:
         )
     except ValueError:  # a port that is no number, a broken IPv6 address
         return False
+
+
+_ONE = {"anyOf": [{"type": "string"}, Endpoint.model_json_schema()]}
+# The addresses of a judge, as a file may give them.
+Endpoints = Annotated[
+    list[Endpoint],
+    Field(min_length=1),
+    BeforeValidator(addresses),
+    WithJsonSchema({"anyOf": [*_ONE["anyOf"], {"type": "array", "items": _ONE, "minItems": 1}]}),
+]

@@ -194,22 +194,27 @@ SELECT
   table_name AS name,                                        -- the table or view
   column_name AS "column",                                   -- the column
   data_type AS type,                                         -- its DuckDB type
-  comment AS comment                                         -- what it holds
-FROM duckdb_columns() WHERE NOT internal AND table_name NOT IN ('meta', 'spools') ORDER BY name, column_index;
+  coalesce(c.comment, v.comment) AS comment                  -- what it holds
+FROM duckdb_columns() c LEFT JOIN (VALUES @COLUMNS@) v(view, "column", comment)
+  ON c.table_name = v.view AND c.column_name = v."column"
+WHERE NOT internal AND table_name NOT IN ('meta', 'spools') ORDER BY name, column_index;
 """
 
 
 def create(text: str) -> str:
-    """The SQL that makes, or makes anew, the views of such a text, with their comments."""
-    script = []
+    """The SQL that makes, or makes anew, the views of such a text, with their comments.
+
+    Those of columns stand in the view `dictionary`: DuckDB takes long to attach them to views, one by one.
+    """
+    script, columns = [], list[str]()
     for block in filter(None, map(str.strip, text.split(";\n"))):
         head, query = block.split("\n", 1)
         name, comment = head.removeprefix("-- ").split(": ", 1)
         script.append(f"CREATE OR REPLACE VIEW {name} AS {query}")
         script.append(f"COMMENT ON VIEW {name} IS {quote(comment)}")
         for column, what in re.findall(r' AS ("?\w+"?),? +-- (.*)', query):
-            script.append(f"COMMENT ON COLUMN {name}.{column} IS {quote(what)}")
-    return ";\n".join([*script, ""])
+            columns.append(f"({quote(name)}, {quote(column.strip(chr(34)))}, {quote(what)})")
+    return ";\n".join([*script, ""]).replace("@COLUMNS@", ", ".join(columns))
 
 
 VIEWS = create(QUERIES + CURVES + MONITORS)
