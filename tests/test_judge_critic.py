@@ -80,10 +80,10 @@ def test_a_verdict_holds_what_the_judge_said_and_what_it_took():
     assert (got.input_tokens, got.output_tokens) == (100, 20)
     (row,) = rows
     assert got.calls == (row["call"],)
-    assert json.loads(row["messages"]) == server.bodies[0]["messages"]
+    assert row["messages"] == server.bodies[0]["messages"]
     assert (row["judge"], row["model"], row["purpose"], row["outcome"]) == ("j", "m", "score", "ok")
     assert (row["reply"], row["endpoint"]) == (verdict(0.25, 0.8, "Half of it."), server.url)
-    assert json.loads(row["sampling"]) == {"max_tokens": 1024, "temperature": 0.0}
+    assert row["sampling"] == {"max_tokens": 1024, "temperature": 0.0}
 
 
 def test_the_recorded_row_has_the_columns_of_judge_calls():

@@ -9,6 +9,8 @@ from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
 
+import orjson
+
 from grape.types import Message, Outcome
 
 Purpose = Literal["score", "critique", "repair"]
@@ -42,8 +44,8 @@ class Call:
             "judge": self.judge,
             "model": self.model,
             "purpose": self.purpose,
-            "messages": json.dumps(self.messages, ensure_ascii=False),
-            "sampling": json.dumps(self.sampling, sort_keys=True),
+            "messages": list(self.messages),
+            "sampling": dict(self.sampling),
             "sample": self.sample,
             **{field.name: getattr(record, field.name) for field in fields(record)},
             "outcome": str(record.outcome),
@@ -108,7 +110,11 @@ def call_key(
     that are not known (stored replies).
     """
     parts = [model, sampling, list(messages), form, list(subject), schema, sample]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    try:
+        text = orjson.dumps(parts, option=orjson.OPT_SORT_KEYS)
+    except TypeError:  # integers beyond 64 bits
+        text = json.dumps(parts, sort_keys=True).encode()
+    return hashlib.sha256(text).hexdigest()
 
 
 def now() -> datetime:

@@ -100,10 +100,11 @@ class Critic:
 
         Items with a critique are asked about alone; so are those that see the reference and those that do not.
         """
-        alone = [item for item in items if item.critique or not self.judge.together]
-        calls = [self._asked_alone(question, response, item) for item in alone]
+        if not self.judge.together:
+            return list(await asyncio.gather(*(self.verdict(question, response, item) for item in items)))
+        calls = [self._asked_alone(question, response, item) for item in items if item.critique]
         for reference in (False, True):
-            if few := [item for item in items if item not in alone and item.reference is reference]:
+            if few := [item for item in items if not item.critique and item.reference is reference]:
                 calls.append(self._asked_together(question, response, few))
         found = {verdict.item: verdict for some in await asyncio.gather(*calls) for verdict in some}
         return [found[item.id] for item in items]

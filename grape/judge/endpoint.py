@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from ipaddress import ip_address
 from typing import Any
 from urllib.parse import urlsplit
 
+import aiohttp
 import httpx2
+import orjson
 from openai import APIStatusError, AsyncOpenAI, DefaultAioHttpClient
 
 from grape.judge.answer import BROKEN, Fault, broken_fault, read_answer, said, status_fault, words
@@ -55,6 +58,10 @@ class Server:
         self.client = AsyncOpenAI(
             base_url=self.url, api_key=self.key or "none", http_client=http, max_retries=0, timeout=None
         )
+        self._outside = outside
+        self._session: aiohttp.ClientSession | None = None  # made on the event loop
+        parts = urlsplit(self.url)
+        self._chat = parts._replace(path=f"{parts.path.rstrip('/')}/chat/completions").geturl()
 
     def opens(self, now: float, tokens: float) -> float:
         """From when a call of so many tokens may begin here, if there is room."""
@@ -99,10 +106,42 @@ class Server:
                 return result
 
     async def post(self, body: dict[str, Any]) -> bytes:
-        """The body of the answer to one request; raises `APIStatusError` or one of `BROKEN`."""
-        # The typed method walks every message through its type hints, which takes longer than the request.
-        answer = await self.client.post("/chat/completions", body=body, cast_to=httpx2.Response)
-        return answer.content
+        """The body of the answer to one request; raises `APIStatusError` or one of `BROKEN`.
+
+        By the connection beneath the library's client, which takes a fifth of the time (benchmarks/judge.py).
+        """
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(limit=self.room, ssl=certificates(self._outside)),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"Authorization": f"Bearer {self.client.api_key}", "Content-Type": "application/json"},
+                timeout=aiohttp.ClientTimeout(total=None),  # ours is that of an attempt
+                trust_env=self._outside,
+            )
+        async with self._session.post(self._chat, data=orjson.dumps(body)) as answer:
+            content = await answer.read()
+        if answer.status >= 400:
+            raise status_error(self._chat, answer.status, answer.headers, content)
+        return content
+
+    async def close(self) -> None:
+        """Close the connections. Closing twice is allowed."""
+        await self.client.close()
+        if self._session is not None:
+            await self._session.close()
+
+
+def status_error(url: str, status: int, headers: Mapping[str, str], content: bytes) -> APIStatusError:
+    """An answer of 4xx or 5xx as the library has it."""
+    response = httpx2.Response(status, headers=dict(headers), request=httpx2.Request("POST", url))
+    try:
+        body = json.loads(content)
+    except (ValueError, RecursionError):
+        text = content.decode(errors="replace").strip()
+        return APIStatusError(text or f"Error code: {status}", response=response, body=text)
+    inner = body.get("error", body) if isinstance(body, Mapping) else body
+    told = inner.get("message") if isinstance(inner, Mapping) else inner
+    return APIStatusError(told if isinstance(told, str) else f"{body}", response=response, body=inner)
 
 
 def request(call: Call, *, schema: bool = True, top: int = TOP_LOGPROBS) -> dict[str, Any]:

@@ -108,4 +108,4 @@ class OpenAIClient:
         """Close the connections. Closing twice is allowed."""
         self._line.close()
         for server in self._servers:
-            await server.client.close()
+            await server.close()
