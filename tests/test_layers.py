@@ -12,7 +12,7 @@ import grape
 PACKAGE = Path(grape.__file__).parent
 # A module may import those of the lines above its own, and its siblings in the same folder.
 LAYERS = [
-    {"errors", "types", "reward", "agreement"},
+    {"errors", "types", "reward", "phrases", "agreement"},
     {"resources", "scale", "sandbox"},
     {"config", "chat", "kl"},
     {"adapters", "linear_head", "loss"},

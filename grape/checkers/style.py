@@ -11,6 +11,7 @@ from pydantic import Field
 
 from grape.checkers import Finding, checker
 from grape.errors import one_line
+from grape.phrases import STOCK_PHRASES
 from grape.types import Question, Response
 
 TOKENS = 50_000  # of a response that are looked at for repetition
@@ -41,22 +42,6 @@ def repetition(
     share = repeated(response.text, size)
     score = 1.0 if share <= limit else (1 - share) / (1 - limit)
     return Finding(score, f"{share:.0%} of its runs of {size} words repeat, {limit:.0%} allowed", f"{share:.4f}")
-
-
-STOCK_PHRASES = (
-    "as an ai language model", "as a language model", "as an ai assistant", "as an artificial intelligence",
-    "i hope this helps", "i hope that helps", "i hope this email finds you well", "feel free to ask",
-    "feel free to reach out", "let me know if you have any", "let me know if you need",
-    "if you have any further questions", "is there anything else i can help", "happy to help", "great question",
-    "excellent question", "what a great question", "certainly!", "absolutely!", "of course!", "sure thing",
-    "sure, here", "sure! here", "certainly, here", "it's important to note", "it is important to note",
-    "it's worth noting", "it is worth noting", "it's important to remember", "it is important to remember",
-    "in today's fast-paced world", "in today's digital age", "in the ever-evolving", "ever-changing landscape",
-    "let's dive in", "let's delve", "delve into", "dive deep into", "rich tapestry", "a testament to",
-    "unlock the power", "unlock the potential", "game-changer", "navigate the complexities", "in conclusion,",
-    "in summary,", "to sum up,", "at the end of the day", "needless to say", "without further ado",
-    "i apologize for the confusion", "i apologize for any inconvenience", "you're absolutely right",
-)  # fmt: skip
 
 
 @checker
