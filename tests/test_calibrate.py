@@ -154,7 +154,7 @@ def test_the_calibration_is_applied_from_then_on_and_the_raw_value_kept(project)
     found = ask(
         project,
         "select distinct category, stated, round(confidence, 9) from verdicts "
-        "where run = (select max(run) from runs) order by 1, 2",
+        "where run = (select run from runs order by started desc limit 1) order by 1, 2",
     )
     assert found == [
         ("flat", 0.6, 0.8), ("flat", 0.9, 0.8), ("guess", 0.6, 0.0), ("guess", 0.9, 0.0), ("sharp", 0.6, 0.6),
@@ -269,7 +269,7 @@ def test_several_labelers_make_one_gold_and_their_agreement_is_told(project):
 
 def test_labels_of_the_log_serve_as_gold_and_ties_are_left_out(project):
     with Log(project / "log.duckdb") as log:
-        run = log.query("select max(run) from runs")[0][0]
+        run = log.query("select run from runs order by started desc limit 1")[0][0]
         log.append(
             human_labels=[
                 {"run": run, **line, "labeler": labeler, "score": 1 - line["score"] if tied else line["score"]}
@@ -360,7 +360,7 @@ def test_one_id_for_two_texts_asks_for_a_run(project):
     options = {"rubrics": project / "rubrics", "judges": {"rater": project / "j.yaml"}, "log": project / "log.duckdb"}
     asyncio.run(grape.score(changed, **options))
     assert "log.duckdb: response_id 'flat0/0' names different texts in runs" in error_of(project)
-    run = ask(project, "select max(run) from runs")[0][0]
+    run = ask(project, "select run from runs order by started desc limit 1")[0][0]
     assert len(fitted(project, run=run, dry_run=True).lines) == 4
 
 

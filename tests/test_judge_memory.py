@@ -144,7 +144,7 @@ def test_a_calibration_is_applied_with_no_call_and_the_stated_value_is_kept(proj
     got = query(
         project.folder,
         "select item, list(distinct confidence), min(stated) >= 0.5, count(distinct run) from verdicts "
-        "where run = (select max(run) from runs) group by item order by item",
+        "where run = (select run from runs order by started desc limit 1) group by item order by item",
     )
     assert got == [("clear", [0.125], True, 1), ("kind", [0.25], True, 1)]
     with pytest.raises(ConfigError) as caught:

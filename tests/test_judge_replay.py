@@ -50,7 +50,7 @@ def test_a_stored_reply_in_our_form_is_a_verdict(tmp_path):
     rows = []
     got = judge_one(tmp_path, [line(verdict(0, 1), response_id="s"), line(verdict(0.5, 0.8))], rows=rows)
     assert (got.outcome, got.score, got.confidence, got.judge) == (Outcome.OK, 0.5, 0.8, "j")
-    assert (rows[0]["messages"], rows[0]["model"]) == ("[]", "j")  # what it was shown is not known
+    assert (rows[0]["messages"], rows[0]["model"]) == ([], "j")  # what it was shown is not known
     assert rows[0]["endpoint"] == str(tmp_path / "replies.jsonl")
 
 

@@ -255,38 +255,44 @@ class Critic:
         )
 
     async def _ask(self, call: Call, trail: Trail, read: Read[T]) -> T:
-        record = trail.calls[call.key] = await self._answer(call, read)
-        return read(record)
+        trail.calls[call.key], found = await self._answer(call, read)
+        if isinstance(found, JudgeError):
+            raise found
+        return read(trail.calls[call.key]) if found is None else found
 
-    async def _answer(self, call: Call, read: Read[Any]) -> CallRecord:
-        """The record of a call, made once: equal calls wait for the one that is under way, and share what it got."""
+    async def _answer(self, call: Call, read: Read[T]) -> tuple[CallRecord, T | JudgeError | None]:
+        """The record of a call, made once, and what it holds, if it was read already.
+
+        Equal calls wait for the one that is under way, and share what it got.
+        """
         while call.key not in self._known:
             if (pending := self._under_way.get(call.key)) is None:
                 return await self._make(call, read)
             if (record := await asyncio.shield(pending)) is not None:
-                return record
+                return record, None
             # Whoever made it was cancelled: this one makes it.
-        return self._known[call.key]
+        return self._known[call.key], None
 
-    async def _make(self, call: Call, read: Read[Any]) -> CallRecord:
+    async def _make(self, call: Call, read: Read[T]) -> tuple[CallRecord, T | JudgeError | None]:
         mine = self._under_way[call.key] = asyncio.get_running_loop().create_future()
         shared = None
         try:
             stored = await self._memory.recall(call.key) if self._memory else None
             if stored is not None:
                 shared = self._known[call.key] = stored
-                return stored
+                return stored, None
             record = await self._client.ask(call)
+            found: T | JudgeError
             try:
-                read(record)
+                found = read(record)
             except JudgeError as error:
-                record = replace(record, outcome=error.outcome, detail=str(error))
+                found, record = error, replace(record, outcome=error.outcome, detail=str(error))
             if record.outcome is not Outcome.BUDGET:  # else no call was made
                 self._record(call.row(record))
             if record.answered:
                 self._known[call.key] = record
             shared = record
-            return record
+            return record, found
         finally:
             del self._under_way[call.key]
             mine.set_result(shared)
