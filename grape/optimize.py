@@ -65,7 +65,8 @@ class Optimizer:
             self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
         self._groups = param_groups(policy.model, self.objective.value_head, config)
         self._weights: list[Tensor] = [weight for group in self._groups for weight in group["params"]]
-        self._adamw = torch.optim.AdamW([dict(group) for group in self._groups], fused=True)
+        # Not fused: on a CPU torch 2.13 then takes a gradient that is not contiguous in the order of its memory.
+        self._adamw = torch.optim.AdamW([dict(group) for group in self._groups])
 
     def update(self, members: Sequence[Member], step: int) -> Update:
         """Train on a step's members. ``step`` counts from 1.

@@ -38,8 +38,8 @@ CRITIQUES = f"""\
 select question, response, item, score, round(confidence, 3) as confidence, reasoning
 from verdicts join responses using (run, step, question_id, response_id) join questions using (run, question_id)
 where run = {LAST} and kind = 'judge' and score = 0
-qualify row_number() over (partition by reasoning order by step, response_id) = 1
-order by step, response_id limit 3"""
+qualify row_number() over (partition by reasoning order by step, response_id, item) = 1
+order by step, response_id, item limit 3"""
 
 
 async def quickstart(
