@@ -238,11 +238,11 @@ def test_a_shared_run_is_the_run_of_one_process_and_either_goes_on_as_the_other(
                 for weight, value in weights.items():
                     torch.testing.assert_close(others[weight], value, rtol=0, atol=1e-5, msg=weight)
             elif name.endswith(".json"):
-                ours, theirs = (json.loads(path.read_text()) for path in (ours_, theirs_))
-                for told in (ours, theirs):
-                    if "target_modules" in told:
-                        told["target_modules"].sort()  # PEFT writes a set, in no order
-                assert ours == theirs
+                told, other = (json.loads(path.read_text()) for path in (ours_, theirs_))
+                for settings in (told, other):
+                    if "target_modules" in settings:
+                        settings["target_modules"].sort()  # PEFT writes a set, in no order
+                assert told == other
     heldout = "like '%.heldout'"
     assert metrics(one, heldout).keys() == metrics(two, heldout).keys() - {3} == {0, 2, 4}
     assert metrics(two, heldout)[4]["weighted/mean"] == pytest.approx(metrics(one, heldout)[4]["weighted/mean"])
