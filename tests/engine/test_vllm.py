@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-pytest.importorskip("vllm", reason="needs the environment of tests/vllm/requirements.txt")
+pytest.importorskip("vllm", reason="needs the environment of tests/engine/requirements.txt")
 
 from apprentice import apprentice
 from apprentice import ask as ask_log
