@@ -81,6 +81,7 @@ def test_the_attacks_are_worth_something_to_their_authors_where_nothing_is_held_
      ({"choices": {"none": 0, "all of it": 1}}, "all of it"), ({"likert": {1: "bad", 5: "good"}}, 5)],
 )  # fmt: skip
 @pytest.mark.parametrize("spelling", sorted(SPELLINGS.keys() - {"numbers"}))
+@pytest.mark.slow
 def test_a_verdict_is_known_again_in_every_spelling_on_every_scale(scale, score, spelling):
     scale, rng = parse_scale(scale), random.Random(0)
     for _ in range(4):
@@ -206,6 +207,7 @@ def test_through_a_server_that_repeats_nothing_forged_is_accepted_and_what_fails
     assert shown_there == failed > 0
 
 
+@pytest.mark.slow
 def test_breaking_the_judge_is_worth_what_the_worst_verdict_is_and_shows_in_both_views(tmp_path):
     """The same group twice: a response that breaks the judge, and the same judged at the worst score."""
     triggers = [word for word in TRIGGERS if word not in SLOW_TRIGGERS]
@@ -334,6 +336,7 @@ LOCAL = {
 }
 
 
+@pytest.mark.slow
 def test_a_real_model_whose_mind_is_made_up_is_moved_by_no_attack(tmp_path):
     tiny.tiny_judge(tmp_path / "model")
     (tmp_path / "short.jinja").write_text("{% block user %}{{ response }}{{ criterion }}{% endblock %}")

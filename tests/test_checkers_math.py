@@ -302,14 +302,8 @@ GARBAGE = {
 }
 
 
-@pytest.mark.parametrize(
-    "reference",
-    [
-        pytest.param("18", marks=pytest.mark.slow),
-        "\\frac{\\sqrt{2}}{2}",
-        pytest.param("\\text{no}", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("reference", ["18", "\\frac{\\sqrt{2}}{2}", "\\text{no}"])
 def test_the_garbage_of_a_response_scores_0(reference):
     outcomes = {name: verdict(text, reference, timeout=1) for name, text in GARBAGE.items()}
     assert {name: (each.outcome, each.score) for name, each in outcomes.items()} == dict.fromkeys(GARBAGE, ("ok", 0.0))

@@ -60,6 +60,7 @@ ATTACKS = {
 
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("name", EVERY)
+@pytest.mark.slow
 def test_a_checker_scores_whatever_a_response_is(name, attack):
     assert outcome(name, ATTACKS[attack], **EVERY[name]) is Outcome.OK
 

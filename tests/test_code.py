@@ -71,10 +71,8 @@ def verdict(question: Question, response: str, sandbox: Sandbox) -> Any:
     return check_response("tests", "code", {"timeout": 1}, 1.0, question, answer(response), sandbox)
 
 
-LATER = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("explained", "empty")]
-
-
-@pytest.mark.parametrize("kind", ["canonical", "pretender", *LATER])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["canonical", "pretender", "explained", "empty"])
 def test_humaneval_scores_its_own_solutions_1_and_everything_else_0(sandbox: Sandbox, kind: str):
     with ThreadPoolExecutor(2) as threads:
         scores = list(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from loopback import JudgeServer, user_text, verdict
 from test_scoring import honest, project, query, rows, run
 
@@ -79,6 +80,7 @@ def test_a_control_whose_judge_fails_cannot_be_compared(tmp_path, caplog):
     ]
 
 
+@pytest.mark.slow
 def test_a_finished_run_with_controls_is_answered_from_its_log_and_is_not_that_without(tmp_path):
     with JudgeServer(honest) as server:
         options = project(tmp_path, server.url)

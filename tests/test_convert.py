@@ -297,6 +297,7 @@ def test_a_rubric_of_ours_comes_back_from_every_format(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["rubric", "promptfoo"])
 @pytest.mark.parametrize("path", sorted((FOLDER.parent.parent / "rubrics").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.slow
 def test_a_shipped_rubric_comes_back(path, name, tmp_path):
     convert(path, "grape", name, tmp_path / "theirs")
     convert(tmp_path / "theirs", name, "grape", tmp_path / "again.yaml")

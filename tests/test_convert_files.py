@@ -230,6 +230,7 @@ ANY = {
 
 
 @pytest.mark.parametrize("name", ANY)
+@pytest.mark.slow
 def test_whatever_a_file_holds_comes_back(name, tmp_path):
     @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(ANY[name])

@@ -163,6 +163,7 @@ def test_dr_tulu_divides_by_the_positive_weights_but_never_by_less_than_one(seed
 
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("tree", ["mechanistic-understanding", "semantic-self-consistency"])
+@pytest.mark.slow
 def test_paperbench_is_the_weighted_mean_at_every_parent(tree, seed, tmp_path):
     path = FOLDER / f"paperbench/{tree}.json"
     ours = there(tmp_path, "paperbench", path.read_text())

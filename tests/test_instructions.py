@@ -203,12 +203,10 @@ HOSTILE = {
     "hindi": "नमस्ते दुनिया। " * (MEGABYTE // 15),
     "one word": "a" * MEGABYTE,
 }
-LONGEST = {"initials", "hindi", "bullets", "prose", "stars", "angles"}  # seconds each
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONGEST else ()) for name in HOSTILE]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOSTILE)
 def test_a_megabyte_of_anything_gets_a_score_from_every_kind(name):
     scores = {kind: score(kind, arguments, HOSTILE[name]) for kind, arguments in ARGUMENTS.items()}
     assert set(scores.values()) <= {0, 1}

@@ -204,6 +204,7 @@ def test_the_key_of_a_call_does_not_depend_on_where_it_is_asked_or_by_whom():
         {"question": Question(question_id="q", category="c", text="Why?")},
     ],
 )
+@pytest.mark.slow
 def test_the_key_of_a_call_depends_on_all_that_decides_the_reply(change):
     rows = []
     one(None, rows=rows)
@@ -305,6 +306,7 @@ PARTS = re.compile(r"<<<response (\w+)>>>\n(.*)\n<<<end response \1>>>", re.DOTA
 
 @pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS)
 @pytest.mark.parametrize("whole", [True, False], ids=["repeats all", "repeats the response"])
+@pytest.mark.slow
 def test_a_judge_that_repeats_what_it_was_shown_never_gives_a_score(attack, whole):
     def echo(body, number):
         text = user_text(body)

@@ -486,6 +486,7 @@ def score(options, **more):
     return asyncio.run(grape.score(rows(2, 2), **options, **more))
 
 
+@pytest.mark.slow
 def test_a_spent_budget_stops_a_run_before_it_is_settled_and_a_larger_one_asks_only_for_what_is_missing(tmp_path):
     with JudgeServer(honest) as server:
         options = project(tmp_path, server.url, budget={"tokens": 500}, concurrency=2)

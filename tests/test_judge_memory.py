@@ -126,6 +126,7 @@ def test_rescore_keeps_a_failure_as_it_was_and_a_second_run_asks_for_it_alone(pr
         ({"judge": "another-name"}, 0),
     ],
 )
+@pytest.mark.slow
 def test_what_decides_a_reply_is_asked_anew_and_how_it_is_reached_is_not(project, change, asks):
     with JudgeServer(behave) as server:
         project(server.url)

@@ -105,6 +105,7 @@ def test_what_a_call_took_is_counted_once(score):
         (json.dumps({"kind": {**KIND, "confidence": 2}, "clear": {**CLEAR, "score": None}}), []),
     ],
 )
+@pytest.mark.slow
 def test_an_item_that_cannot_be_read_is_asked_about_alone_and_one_that_can_is_what_it_says(score, reply, alone):
     def behave(body, number):
         names = asked(body)

@@ -278,7 +278,9 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:ratio='sequence'")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=pytest.mark.slow if i % 3 else ()) for i, c in enumerate(CASES)]
+)
 def test_two_steps_are_those_of_a_plain_computation(case):
     given = CASES[case]
     config = run_config(**{**given, "optimizer": {**SHARP, **given.get("optimizer", {})}})

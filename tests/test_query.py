@@ -249,6 +249,7 @@ def test_rows_in_the_write_ahead_log_of_a_killed_flush_are_seen(tmp_path):
     assert sql("SELECT run FROM steps", path).rows == [("killed",)]
 
 
+@pytest.mark.slow
 def test_a_query_waits_for_a_writer_of_its_own_process_too(tmp_path):
     with Log(tmp_path / "log.duckdb") as log:
         for number in range(40):

@@ -109,6 +109,7 @@ def test_the_judge_was_taught_on_the_prompt_that_it_is_asked():
     assert {shape.fullmatch(text)[1] for text in taught} == set(MADE["CRITERIA"].values())
 
 
+@pytest.mark.slow
 def test_two_steps_run_in_any_folder_and_the_log_answers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = settings(seed=1)

@@ -146,6 +146,7 @@ def test_adapters_value_head_and_measured_difficulty_go_on_too(tmp_path, section
     assert same(killed, whole)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_stays_as_it_is_and_more_steps_make_it_longer(small, tmp_path, caplog):
     longer = shutil.copytree(small, tmp_path / "longer")
     first = train(small)
@@ -221,6 +222,7 @@ def test_what_changed_is_named_in_one_line_and_allowed_if_asked_for(tmp_path, ju
     train(folder, *overrides, resume=True)  # what was allowed is what the run is from then on
 
 
+@pytest.mark.slow
 def test_how_a_judge_is_reached_and_where_the_log_is_shown_are_no_changes(tmp_path, judged):
     _, whole = judged
     folder = shutil.copytree(whole, tmp_path / "run")
@@ -243,6 +245,7 @@ def test_a_folder_that_holds_a_run_and_one_that_cannot_be_resumed_are_refused(sm
     )
 
 
+@pytest.mark.slow
 def test_a_second_process_at_the_same_run_is_refused(small):
     first = begin(small, "steps=500")
     wait_for(lambda: list(small.glob("checkpoints/step-*")))

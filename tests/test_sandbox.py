@@ -510,6 +510,7 @@ def soon(condition: Callable[[], bool]) -> bool:
 
 
 @CONFINED
+@pytest.mark.slow
 def test_when_the_parent_is_killed_nothing_stays_behind():
     source = "import os\nfor _ in range(3):\n    if not os.fork(): os.setsid()\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", PARENT, source], cwd=ROOT) as parent:

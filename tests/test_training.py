@@ -196,6 +196,7 @@ def test_dynamic_sampling_draws_further_questions_for_dead_groups(tmp_path):
         assert sum(trained and best != 0 for _, trained, best in groups) == min(4, alive)
 
 
+@pytest.mark.slow
 def test_only_questions_of_middling_difficulty_are_kept(tmp_path):
     path = apprentice(tmp_path, questions=12, steps=2, sampling={"questions": 2, "responses": 4})
     run = json.loads(path.read_text())
@@ -233,6 +234,7 @@ def test_held_out_questions_are_scored_before_and_after_by_a_judge_of_their_own(
     assert ask(log, "select count(*) from verdicts where item = 'nice'") == [(9,)]
 
 
+@pytest.mark.slow
 def test_held_out_questions_need_not_ask_the_judges_of_the_training(tmp_path):
     with JudgeServer(fair) as server:
         path = apprentice(tmp_path, judge=server.url, steps=1)
