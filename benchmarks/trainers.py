@@ -303,7 +303,7 @@ def keep_gradient(optimizer: Any, file: str) -> None:
         handle.remove()
         torch.save([weight.grad for group in adamw.param_groups for weight in group["params"]], file)
 
-    handle = optimizer._adamw.register_step_pre_hook(keep)
+    handle = optimizer._descent.adamw.register_step_pre_hook(keep)
 
 
 def now(device: str) -> tuple[float, float]:

@@ -296,6 +296,11 @@ class RunConfig(Strict):
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a file, with ``section.field=value`` overrides (values are YAML)."""
+    return parse_run(*read_run(path, overrides))
+
+
+def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
+    """The sections of a run's file with the overrides, and what to call them in messages."""
     path = Path(path)
     data = resources.read_yaml(path, resources.read_text(path))
     if not isinstance(data, dict):
@@ -313,7 +318,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
             if not isinstance(place, dict):
                 raise ConfigError(f"{override!r}: {section} has no fields")
         place[field] = resources.read_yaml(Path(f"{override!r}"), text)
-    return parse_run(data, " with ".join([str(path), *([", ".join(overrides)] if overrides else [])]))
+    return data, " with ".join([str(path), *([", ".join(overrides)] if overrides else [])])
 
 
 def parse_run(data: Any, source: str) -> RunConfig:
@@ -321,12 +326,11 @@ def parse_run(data: Any, source: str) -> RunConfig:
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
-        raise invalid(source, error, fields_at(error)) from error
+        raise invalid(source, error, fields_at(error, RunConfig)) from error
 
 
-def fields_at(error: ValidationError) -> list[str]:
-    """The fields that are known where the first fault stands."""
-    model: type[BaseModel] = RunConfig
+def fields_at(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """The fields of a run, a ``model``, that are known where the first fault stands."""
     for part in error.errors(include_url=False)[0]["loc"][:-1]:
         info = model.model_fields.get(str(part))
         inner = _models(info.annotation) if info else []

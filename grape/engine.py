@@ -40,7 +40,10 @@ class Engine:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the weights are in this process, and so is it
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # nor does it bind the threads of others
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        from vllm import LLM
+        try:
+            from vllm import LLM
+        except ImportError as error:  # another package of this name, or one built for another machine
+            raise ConfigError(f"{where}: vllm cannot be loaded: {one_line(error)}") from error
 
         on_cpu = not torch.cuda.is_available()
         if on_cpu:
@@ -57,6 +60,15 @@ class Engine:
         self.room: int = self._llm.llm_engine.model_config.max_model_len
         self._likeliest = likeliest
         self._count = 0
+
+    def check(self, settings: Mapping[str, Any], where: str) -> None:
+        """`ConfigError` of one line where vLLM's `SamplingParams` cannot be these."""
+        from vllm import SamplingParams
+
+        try:
+            SamplingParams(**settings)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}: not for vllm: {one_line(error)}") from error
 
     def sample(
         self,

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor
 
-from grape.config import OptimizerConfig, RunConfig
-from grape.errors import ConfigError, GrapeError, one_line
+from grape.config import RunConfig
+from grape.descent import Descent
+from grape.errors import ConfigError, GrapeError
 from grape.kl import adapted_kl_coef
 from grape.member import Batch, Member, blank
 from grape.modes import Modes
@@ -25,7 +25,7 @@ from grape.packing import Packing
 from grape.policy import Policy
 from grape.ranks import Ranks
 from grape.reward import advantage
-from grape.shards import clipped, full_state, is_shared, own_state, release, through, whole
+from grape.shards import is_shared, release, through, whole
 
 __all__ = ["Member", "Optimizer", "Update"]
 
@@ -63,10 +63,10 @@ class Optimizer:
         with whole(policy.model), self.objective.autocast():
             self.packing = Packing(policy.model, policy.pad_id, self._others)
             self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
-        self._groups = param_groups(policy.model, self.objective.value_head, config)
-        self._weights: list[Tensor] = [weight for group in self._groups for weight in group["params"]]
-        # Not fused: on a CPU torch 2.13 then takes a gradient that is not contiguous in the order of its memory.
-        self._adamw = torch.optim.AdamW([dict(group) for group in self._groups])
+        parts = [(policy.model, config.optimizer.lr)]
+        if self.objective.value_head is not None and config.value is not None:
+            parts.append((self.objective.value_head, config.value.lr or config.optimizer.lr))
+        self._descent = Descent(parts, config.optimizer, self._ranks)
 
     def update(self, members: Sequence[Member], step: int) -> Update:
         """Train on a step's members. ``step`` counts from 1.
@@ -106,17 +106,14 @@ class Optimizer:
         """
         head = self.objective.value_head
         return {
-            "adamw": full_state(self._adamw.state_dict(), keep=keep),
+            "adamw": self._descent.state_dict(keep=keep),
             "value_head": None if head is None else head.state_dict(),
             "kl_coef": self.objective.kl_coef,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a `state_dict`, whose tensors become its own: later updates change them."""
-        try:
-            self._adamw.load_state_dict(own_state(state["adamw"], self._weights))
-        except ValueError as error:
-            raise ConfigError(f"the optimizer's state is of other weights: {one_line(error)}") from error
+        self._descent.load_state_dict(state["adamw"])
         if self.objective.value_head is not None and state["value_head"] is not None:
             self.objective.value_head.load_state_dict(state["value_head"])
         self.objective.kl_coef = state["kl_coef"]
@@ -141,28 +138,14 @@ class Optimizer:
                     sums[name] += value.item()
                 highest = max(highest, metrics["ratio_max"].item())
         self._agree(wrong, step)
-        factor = schedule(step, self.config.steps, self.config.optimizer)
-        norm = self._step(step, factor)
+        norm, rate = self._descent.step(step, self.config.steps)
         return self._over_ranks(sums, highest, totals) | {
             "grad_norm": norm,
-            "lr": factor * self.config.optimizer.lr,
+            "lr": rate,
             "kl_coef": self.objective.kl_coef,
             "tokens": float(totals["trained_tokens"]),
             "computed": totals["computed"] / totals["real"],
         }
-
-    def _step(self, step: int, factor: float) -> float:
-        """Clip the gradients, summed over processes, and let AdamW move the weights; their norm before that."""
-        self._ranks.sum_gradients(self._weights)
-        norm = clipped(self._weights, self.config.optimizer.max_grad_norm)
-        if not math.isfinite(norm):
-            self._adamw.zero_grad()
-            raise GrapeError(f"step {step}: the norm of the gradient is {norm}: the weights are left as they were")
-        for group, ours in zip(self._adamw.param_groups, self._groups, strict=True):
-            group["lr"] = factor * ours["lr"]
-        self._adamw.step()
-        self._adamw.zero_grad()
-        return norm
 
     @contextmanager
     def _pass(self, batch: Batch, step: int, number: int) -> Iterator[None]:
@@ -246,39 +229,8 @@ class Optimizer:
     def _agree(self, wrong: str | None, step: int) -> None:
         """Raise what is wrong, in every process if in one, so that none waits for the others."""
         if self._sum({"wrong": float(wrong is not None)})["wrong"]:
-            self._adamw.zero_grad()
+            self._descent.clear()
             raise GrapeError(f"step {step}: {wrong or 'another process has numbers that are not finite'}")
-
-
-def schedule(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The share of the learning rate in a step, from 1: up to 1 over ``warmup`` steps, then as it says towards 0.
-
-    The first step after the warmup has 1 and 0 would be the one after the last: no step is wasted.
-    """
-    if step <= config.warmup:
-        return step / config.warmup
-    done = min(1.0, (step - config.warmup - 1) / max(1, steps - config.warmup))
-    if config.schedule == "constant":
-        return 1.0
-    return 1 - done if config.schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-
-
-def param_groups(model: Any, value_head: Any, config: RunConfig) -> list[dict[str, Any]]:
-    """The weights that are trained: matrices decay, norms and biases do not, and the value head has its own rate."""
-    lr, decay = config.optimizer.lr, config.optimizer.weight_decay
-    parts = [(list(model.parameters()), lr)]
-    if value_head is not None and config.value is not None:
-        parts.append((list(value_head.parameters()), config.value.lr or lr))
-    groups: list[dict[str, Any]] = [
-        {"params": some, "lr": rate, "weight_decay": rule}
-        for weights, rate in parts
-        for matrices, rule in ((True, decay), (False, 0.0))
-        if (some := [weight for weight in weights if weight.requires_grad and (weight.dim() > 1) == matrices])
-    ]
-    small = {weight.dtype for group in groups for weight in group["params"]} & {torch.bfloat16, torch.float16}
-    if small:
-        raise ValueError(f"weights that are trained must be in float32, not {small.pop()}: small updates would be lost")
-    return groups
 
 
 def fault(members: Sequence[Member]) -> str | None:

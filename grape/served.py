@@ -10,7 +10,7 @@ import torch
 
 from grape.config import RunConfig
 from grape.engine import Engine
-from grape.errors import GrapeError
+from grape.errors import ConfigError, GrapeError
 from grape.policy import Policy, hidden_states, logits, save_policy
 from grape.rollout import Rollout, Sampling, check, evaluating
 
@@ -49,6 +49,12 @@ class Served:
         if not places:
             return
         engine = self._current(prompts[places[0][0]])
+        needed = max(map(len, prompts)) + max_tokens
+        if needed > engine.room:
+            raise ConfigError(
+                f"sampling.options.max_model_len: is {engine.room}; the longest prompt and sampling.max_tokens take "
+                f"{needed} tokens"
+            )
         own = {
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,

@@ -20,11 +20,12 @@ from tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 from grape.adapters import add_lora
 from grape.config import Lora, OptimizerConfig, parse_run
+from grape.descent import schedule
 from grape.errors import ConfigError, GrapeError
 from grape.logprobs import response_logprobs
 from grape.member import Member, make_batch
 from grape.objective import Objective
-from grape.optimize import Optimizer, schedule
+from grape.optimize import Optimizer
 from grape.packing import padded, rows_of
 from grape.policy import Policy, load_policy
 

@@ -100,7 +100,7 @@ def one_rank(folder):
         state = optimizer.state_dict()
         optimizer.load_state_dict(copy.deepcopy(state))
         assert all(torch.equal(a, b) for a, b in zip(plain(state), plain(optimizer.state_dict()), strict=True))
-        slots = optimizer._adamw.state_dict()["state"].values()
+        slots = optimizer._descent.adamw.state_dict()["state"].values()
         found = {
             "weights": full_weights(model, keep=True),
             "state": state,

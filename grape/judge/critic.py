@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from grape.errors import JudgeError
 from grape.item import Item
@@ -16,10 +16,11 @@ from grape.judge.client import Client, open_client
 from grape.judge.config import Judge
 from grape.judge.limits import Meter
 from grape.judge.memory import Memory, StoredOnly
+from grape.judge.once import Once, Read, T
 from grape.judge.reply import Reply, parse_prose, parse_reply, parse_whole, reply_schema, whole_schema
 from grape.judge.spread import combined
 from grape.judge.tokens import score_shares
-from grape.judge.trail import Trail, joined, voted
+from grape.judge.trail import Trail, joined, took, voted
 from grape.judge.wording import Wording
 from grape.types import Message, Outcome, Question, Response, Verdict
 
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 
 # Failures that another model may not share; a dead server or an exhausted budget is not among them.
 MODEL_DEPENDENT = {Outcome.UNPARSABLE, Outcome.REFUSED, Outcome.OUT_OF_RANGE, Outcome.TIMEOUT}
-
-
-T = TypeVar("T")
-Read = Callable[[CallRecord], T]  # raises JudgeError where the record holds no usable reply
 
 
 class Critic:
@@ -55,16 +52,14 @@ class Critic:
     ) -> None:
         self.judge = judge
         self.fallback = fallback
-        self._record = record
         self._memory = memory
         self.meter = Meter(judge, memory.spent(judge.judge) if memory and judge.budget else (0, 0.0))
         stored = stored_only and judge.client != "replay"
         self._client: Client = StoredOnly() if stored else open_client(judge, self.meter)
+        self._once = Once(self._client, record, memory)
         self._model = judge.model_name
         self._sampling = judge.sampling.params()
         self._wording = Wording(judge, secret)
-        self._known: dict[str, CallRecord] = {}
-        self._under_way: dict[str, asyncio.Future[CallRecord | None]] = {}
 
     async def __aenter__(self) -> Critic:
         return self
@@ -112,6 +107,11 @@ class Critic:
     async def _asked_alone(self, question: Question, response: Response, item: Item) -> list[Verdict]:
         return [await self.verdict(question, response, item)]
 
+    async def _alone_after(self, first: Verdict, question: Question, response: Response, item: Item) -> Verdict:
+        """The verdict on an item about which a reply on all of them could not be read, with what that call took."""
+        verdict = await self.verdict(question, response, item)
+        return replace(verdict, **took([first, verdict]))
+
     async def _asked_together(self, question: Question, response: Response, items: Sequence[Item]) -> list[Verdict]:
         """One call; an item about which the reply cannot be read is asked about alone."""
         for item in items:
@@ -126,33 +126,42 @@ class Critic:
             verdict = self._given(trail.about(item, first=place == 0), replies[item.id])
             unread = verdict.outcome is Outcome.UNPARSABLE
             verdicts.append(
-                self.verdict(question, response, item) if unread else self._settled(question, verdict, response, item)
+                self._alone_after(verdict, question, response, item)
+                if unread
+                else self._settled(question, verdict, response, item)
             )
         return list(await asyncio.gather(*verdicts))
 
-    async def verdict(self, question: Question, response: Response, item: Item) -> Verdict:
+    async def verdict(
+        self, question: Question, response: Response, item: Item, other: Response | None = None
+    ) -> Verdict:
         """The verdict of this judge, or of its fallback, on one item: a failure is an outcome and never raises.
 
+        With an ``other`` response it is on whether the first is the better one by that item (`grape.judge.pair`).
         Raises `ConfigError` for an item that the prompts cannot serve, and whatever ``record`` raises.
         """
         if self._client.shown:
             self.check(item)
         if self.judge.confidence == "votes":
-            votes = [self.sample(question, response, item, sample) for sample in range(self.judge.votes)]
+            votes = [self.sample(question, response, item, sample, other) for sample in range(self.judge.votes)]
             verdict = voted(await asyncio.gather(*votes), self.judge.aggregate, judge=self.judge.judge)
         else:
-            verdict = await self.sample(question, response, item, 0)
-        return await self._settled(question, verdict, response, item)
+            verdict = await self.sample(question, response, item, 0, other)
+        return await self._settled(question, verdict, response, item, other)
 
-    async def _settled(self, question: Question, verdict: Verdict, response: Response, item: Item) -> Verdict:
+    async def _settled(
+        self, question: Question, verdict: Verdict, response: Response, item: Item, other: Response | None = None
+    ) -> Verdict:
         """The verdict, calibrated; the fallback's where this judge failed in a way that depends on the model."""
         if self.fallback is not None and verdict.outcome in MODEL_DEPENDENT:
-            return joined(verdict, await self.fallback.verdict(question, response, item))
+            return joined(verdict, await self.fallback.verdict(question, response, item, other))
         return calibrated(verdict, self.judge.calibration, question.category)
 
-    async def sample(self, question: Question, response: Response, item: Item, sample: int) -> Verdict:
+    async def sample(
+        self, question: Question, response: Response, item: Item, sample: int, other: Response | None = None
+    ) -> Verdict:
         """One reply of this judge as a verdict, not calibrated; its samples differ by their number."""
-        trail = Trail(question, response, item, sample)
+        trail = Trail(question, response, item, sample, other)
         try:
             return self._given(trail, await self._judge(trail))
         except JudgeError as error:
@@ -178,7 +187,7 @@ class Critic:
         if trail.item.critique:
             call = self._call("critique", trail, self._wording.critique(*about) if shown else ())
             trail.critique = await self._ask(call, trail, _prose)
-        call = self._call("score", trail, self._wording.score(*about, trail.critique) if shown else ())
+        call = self._call("score", trail, self._asked(trail) if shown else ())
         read = self._reader(trail.item, call.messages)
         try:
             return await self._ask(call, trail, read)
@@ -194,6 +203,12 @@ class Critic:
         except JudgeError as error:
             detail = f"{first}; after one repair question: {error}"
             raise JudgeError(error.outcome, detail, error.reasoning) from error
+
+    def _asked(self, trail: Trail) -> tuple[Message, ...]:
+        """The question about one response, or about which of two is better."""
+        if trail.other is not None:
+            return self._wording.pair(trail.question, trail.response, trail.other, trail.item)
+        return self._wording.score(trail.question, trail.response, trail.item, trail.critique)
 
     async def _whole(self, trail: Trail, items: Sequence[Item]) -> Mapping[str, Reply | JudgeError]:
         """One question about several items."""
@@ -233,7 +248,8 @@ class Critic:
     def _call(
         self, purpose: Purpose, trail: Trail, messages: tuple[Message, ...], schema: Mapping[str, Any] | None = None
     ) -> Call:
-        subject = () if self._client.shown else (purpose, trail.response.response_id, trail.item.id)
+        named = " ".join(one.response_id for one in (trail.response, trail.other) if one)
+        subject = () if self._client.shown else (purpose, named, trail.item.id)
         scored = purpose != "critique"
         schema = schema or reply_schema(trail.item.scale, verbal=self.judge.verbal)
         schema = schema if scored and self.judge.schemed else None
@@ -247,7 +263,7 @@ class Critic:
             purpose=purpose,
             messages=messages,
             sampling=sampling,
-            response_id=trail.response.response_id,
+            response_id=named,
             item=trail.item.id,
             sample=sample,
             schema=schema,
@@ -255,47 +271,10 @@ class Critic:
         )
 
     async def _ask(self, call: Call, trail: Trail, read: Read[T]) -> T:
-        trail.calls[call.key], found = await self._answer(call, read)
+        trail.calls[call.key], found = await self._once.answer(call, read)
         if isinstance(found, JudgeError):
             raise found
         return read(trail.calls[call.key]) if found is None else found
-
-    async def _answer(self, call: Call, read: Read[T]) -> tuple[CallRecord, T | JudgeError | None]:
-        """The record of a call, made once, and what it holds, if it was read already.
-
-        Equal calls wait for the one that is under way, and share what it got.
-        """
-        while call.key not in self._known:
-            if (pending := self._under_way.get(call.key)) is None:
-                return await self._make(call, read)
-            if (record := await asyncio.shield(pending)) is not None:
-                return record, None
-            # Whoever made it was cancelled: this one makes it.
-        return self._known[call.key], None
-
-    async def _make(self, call: Call, read: Read[T]) -> tuple[CallRecord, T | JudgeError | None]:
-        mine = self._under_way[call.key] = asyncio.get_running_loop().create_future()
-        shared = None
-        try:
-            stored = await self._memory.recall(call.key) if self._memory else None
-            if stored is not None:
-                shared = self._known[call.key] = stored
-                return stored, None
-            record = await self._client.ask(call)
-            found: T | JudgeError
-            try:
-                found = read(record)
-            except JudgeError as error:
-                found, record = error, replace(record, outcome=error.outcome, detail=str(error))
-            if record.outcome is not Outcome.BUDGET:  # else no call was made
-                self._record(call.row(record))
-            if record.answered:
-                self._known[call.key] = record
-            shared = record
-            return record, found
-        finally:
-            del self._under_way[call.key]
-            mine.set_result(shared)
 
 
 def _said(record: CallRecord) -> str:

@@ -28,7 +28,7 @@ class Jury:
 
     async def reach(self) -> None:
         """`ConfigError` of one line where one of them is not there."""
-        await asyncio.gather(*(member.reach() for member in self.members))
+        await asyncio.gather(*(judge.reach() for judge in (*self.members, *([self.fallback] if self.fallback else []))))
 
     async def close(self) -> None:
         """Close the members, and the fallback. Closing twice is allowed."""
@@ -45,11 +45,13 @@ class Jury:
         """A verdict for each item."""
         return list(await asyncio.gather(*(self.verdict(question, response, item) for item in items)))
 
-    async def verdict(self, question: Question, response: Response, item: Item) -> Verdict:
+    async def verdict(
+        self, question: Question, response: Response, item: Item, other: Response | None = None
+    ) -> Verdict:
         """One verdict of them all; of the fallback, where half of them or more failed."""
-        verdicts = await asyncio.gather(*(member.verdict(question, response, item) for member in self.members))
+        verdicts = await asyncio.gather(*(member.verdict(question, response, item, other) for member in self.members))
         sure = self.judge.confidence == "agreement"
         verdict = voted(verdicts, self.judge.aggregate, judge=self.judge.judge, sure=sure)
         if verdict.score is None and self.fallback is not None:
-            return joined(verdict, await self.fallback.verdict(question, response, item))
+            return joined(verdict, await self.fallback.verdict(question, response, item, other))
         return calibrated(verdict, self.judge.calibration, question.category)

@@ -20,6 +20,7 @@ class Trail:
     response: Response
     item: Item
     sample: int = 0
+    other: Response | None = None  # what the response is compared with
     counted: bool = True  # whether the verdict says what its calls took: one verdict does, of several by one call
     calls: dict[str, CallRecord] = field(default_factory=dict)
     critique: str | None = None
@@ -52,7 +53,7 @@ def joined(first: Verdict, second: Verdict) -> Verdict:
     """The fallback's verdict, with what the first judge's failure took."""
     failed = f"{first.judge}: {first.outcome}: {first.detail}"
     detail = f"{failed}; {second.judge}: {second.detail}" if second.detail else failed
-    return replace(second, detail=detail, **_took([first, second]))
+    return replace(second, detail=detail, **took([first, second]))
 
 
 def voted(verdicts: Sequence[Verdict], aggregate: Aggregate, *, judge: str, sure: bool = True) -> Verdict:
@@ -65,7 +66,7 @@ def voted(verdicts: Sequence[Verdict], aggregate: Aggregate, *, judge: str, sure
     failed = [verdict for verdict in verdicts if verdict.score is None]
     lost = f"{len(failed)} of {len(verdicts)} votes failed: {failed[0].outcome}: {failed[0].detail}" if failed else None
     if 2 * len(failed) >= len(verdicts):
-        return replace(failed[0], judge=judge, detail=lost, **_took(verdicts))
+        return replace(failed[0], judge=judge, detail=lost, **took(verdicts))
     scores = [verdict.score for verdict in valid if verdict.score is not None]
     score, confidence = combined(scores, [1.0] * len(scores), aggregate)
     nearest = min(range(len(scores)), key=lambda k: abs(scores[k] - score))
@@ -77,11 +78,11 @@ def voted(verdicts: Sequence[Verdict], aggregate: Aggregate, *, judge: str, sure
         stated=confidence if sure else 1.0,
         judge=judge,
         detail=lost,
-        **_took(verdicts),
+        **took(verdicts),
     )
 
 
-def _took(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+def took(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     """What several verdicts took in all. Calls that they share count once in ``calls``."""
     counts = {
         name: [getattr(verdict, name) for verdict in verdicts if getattr(verdict, name) is not None]

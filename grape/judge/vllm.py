@@ -20,9 +20,11 @@ class Vllm:
         from grape.engine import Engine
         from grape.policy import folder_of
 
-        self._own = judge.sampling
+        own = judge.sampling.params()
+        self._own = {**own, **own.pop("extra_body", {})}
         folder = folder_of(model, where=where)
         self._engine = Engine(folder, dtype=judge.dtype, where=where, likeliest=LIKELIEST, options=judge.engine)
+        self._engine.check(self._own, f"{where}: sampling")
         self.tokenizer: Any = self._engine.tokenizer
         self.room: float = self._engine.room
 
@@ -30,12 +32,9 @@ class Vllm:
         """The replies, each drawn from a seed that its call decides."""
         from vllm.sampling_params import StructuredOutputsParams
 
-        own = self._own.params()
-        extra = own.pop("extra_body", {})
         settings = [
             {
-                **own,
-                **extra,
+                **self._own,
                 "seed": seed_of(call),
                 "structured_outputs": StructuredOutputsParams(json=dict(call.schema)) if call.schema else None,
             }

@@ -13,6 +13,7 @@ from grape.types import Message, Question, Response
 
 FIELDS = ("question", "response", "reference", "critique", "criterion", "scale", "confidence")
 WHOLE_FIELDS = ("question", "response", "reference", "items", "confidence")
+PAIR_FIELDS = ("question", "first", "second", "reference", "criterion", "scale", "confidence")
 REPAIR_FIELDS = ("problem", "scale", "confidence")
 
 
@@ -25,6 +26,7 @@ class Wording:
         self._verbal = judge.verbal
         self._score = load_prompt(judge.prompt, FIELDS)
         self._whole = load_prompt("whole", WHOLE_FIELDS)
+        self._pair = load_prompt("pair", PAIR_FIELDS)
         self._repair = load_prompt("repair", REPAIR_FIELDS)
         self._critique = load_prompt("critique", FIELDS)
         self._critics: dict[str, Prompt] = {}
@@ -54,6 +56,13 @@ class Wording:
         if critique is not None:
             values["critique"] = fence("critique", critique, self._secret)
         return self._score.messages(**values)
+
+    def pair(self, question: Question, first: Response, second: Response, item: Item) -> tuple[Message, ...]:
+        """The question which of two responses is the better one by an item."""
+        values = self._values(question, first, item)
+        shown = {"first": fence("response_A", first.text, self._secret)}
+        shown["second"] = fence("response_B", second.text, self._secret)
+        return self._pair.messages(**shown, **{name: values[name] for name in PAIR_FIELDS if name not in shown})
 
     def whole(self, question: Question, response: Response, items: Sequence[Item]) -> tuple[Message, ...]:
         """One question about several items, all of which see the reference or none."""

@@ -170,6 +170,36 @@ human_labels: What people said of responses: the truth that `grape calibrate` ho
   created          TIMESTAMP              when it was labelled (UTC)
 """
 
+FOURTH_TABLES = """
+preferences: One response preferred to another to the same question: by a rubric's reward, or by a judge in both orders.
+  run              VARCHAR                the run of the responses, as in runs
+  step             INTEGER                the training step; 0 outside training
+  question_id      VARCHAR                the question, as in questions
+  category         VARCHAR                the question's category
+  chosen_id        VARCHAR                the better response, as in responses
+  rejected_id      VARCHAR                the other one
+  source           VARCHAR                who preferred it: rubric or judge
+  item             VARCHAR                the item that they were compared by; NULL for the whole rubric
+  judge            VARCHAR                the judge's name
+  margin           DOUBLE                 how much more reward the chosen one has; NULL where no rubric scored them
+  probability      DOUBLE                 that it is the better one: a soft label; NULL where nobody said
+  consistent       BOOLEAN                whether the judge preferred it in both orders
+  calls            VARCHAR                keys of the judge calls behind it, a JSON list; see judge_calls
+  created          TIMESTAMP              when it was stored (UTC)
+
+revisions: One round of critique and revision of a response, by a principle of a constitution.
+  run              VARCHAR                the run, as in runs
+  question_id      VARCHAR                the question, as in questions
+  round            INTEGER                1 for the first revision of the initial response
+  parent_id        VARCHAR                the response that was criticised, as in responses
+  response_id      VARCHAR                the revision, as in responses
+  item             VARCHAR                the principle: an item of the constitution
+  criterion        VARCHAR                what that principle asks for
+  critique         VARCHAR                what is wrong with the response by that principle
+  revision         VARCHAR                the text of the revision
+  created          TIMESTAMP              when it was made (UTC)
+"""
+
 BOOKKEEPING = ("meta", "spools")
 LINE = re.compile(r"(?P<indent>  )?(?P<name>\w+)(?::| {2,}(?P<type>\S.*?) {2,}) *(?P<comment>\S.*)")
 
@@ -212,4 +242,5 @@ MIGRATIONS: tuple[str, ...] = (
     create(FIRST),
     extend(SECOND),
     create(THIRD_TABLES) + extend(THIRD) + "ALTER TABLE judge_calls DROP COLUMN confidence;\n",  # the tokens say it
+    create(FOURTH_TABLES),
 )

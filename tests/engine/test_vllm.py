@@ -27,7 +27,7 @@ from apprentice import ask as ask_log
 
 import grape
 from grape.config import load_run
-from grape.errors import GrapeError
+from grape.errors import ConfigError, GrapeError
 from grape.item import Item
 from grape.judge.config import load_judge
 from grape.judge.critic import Critic
@@ -82,6 +82,16 @@ def test_a_judge_in_vllm_agrees_with_transformers(folder):
     assert {len(tokens[0][1]) for tokens in (row["tokens"] for row in rows)} == {20}
 
 
+def test_what_vllm_cannot_be_asked_for_is_one_line_before_anything_is_judged(folder):
+    for sampling, said in (
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"extra_body": {"min_q": 0.1}}, "min_q"),
+        ({"extra_body": {"top_k": -7}}, "top_k"),
+    ):
+        with pytest.raises(ConfigError, match=rf"sampling: not for vllm: .*{said}"):
+            ask(judge(folder, client="vllm", engine=ENGINE, sampling={"max_tokens": 40, **sampling}), ["word"])
+
+
 def learner(folder, **sections):
     """A run's file whose policy vLLM can serve on a CPU, with tied embeddings."""
     tiny.tiny_folder(folder / "policy", head_dim=32)
@@ -126,6 +136,13 @@ def test_weights_that_are_not_the_policys_are_noticed_and_new_ones_are_taken(tmp
         own = [float(logprobs_TV[len(prompt) - 1 + n, token]) for n, token in enumerate(one.token_ids)]
         assert list(one.logprobs) == pytest.approx(own, abs=1e-4)
         assert (one.finish == "stop") == (one.token_ids[-1] in policy.stop_ids)
+
+
+def test_a_context_that_is_too_short_for_a_response_is_one_line(tmp_path):
+    config = load_run(learner(tmp_path), ["sampling.options.max_model_len=24"])
+    served = Served(load_policy(config.policy.model), config)
+    with pytest.raises(ConfigError, match=r"max_model_len: is 24; the longest prompt and sampling\.max_tokens take 25"):
+        served.sample([tuple(range(5, 25))], [1], 5, 1, Sampling(), print)
 
 
 def test_a_schema_holds_the_judge_to_what_it_would_leave_out(folder):
