@@ -106,7 +106,9 @@ def test_what_a_call_took_is_counted_once(score):
     ],
 )
 @pytest.mark.slow
-def test_an_item_that_cannot_be_read_is_asked_about_alone_and_one_that_can_is_what_it_says(score, reply, alone):
+def test_an_item_that_cannot_be_read_is_asked_about_alone_and_one_that_can_is_what_it_says(
+    score, tmp_path, reply, alone
+):
     def behave(body, number):
         names = asked(body)
         if names == ["kind", "clear"]:
@@ -115,6 +117,10 @@ def test_an_item_that_cannot_be_read_is_asked_about_alone_and_one_that_can_is_wh
 
     with JudgeServer(behave) as server:
         records = score(server.url)
+    with duckdb.connect(str(tmp_path / "log.duckdb"), read_only=True) as log:
+        assert log.execute("select sum(attempts) from verdicts").fetchall() == [(len(server.bodies),)]
+        calls = log.execute("select distinct item, json_array_length(calls) from verdicts where item = 'kind'")
+        assert calls.fetchall() == [("kind", 1 + ("kind" in alone))]
     again = [asked(body) for body in server.bodies if asked(body) in (["kind"], ["clear"])]
     assert sorted(again) == sorted([[name] for name in alone] * 3)
     for record in records:
