@@ -16,7 +16,7 @@ LAYERS = [
     {"resources", "scale", "sandbox"},
     {"config", "chat", "kl"},
     {"adapters", "linear_head", "loss", "recipes"},
-    {"policy", "value", "attention"},
+    {"policy", "value", "attention", "preference"},
     {"cache", "head"},
     {"rollout", "logprobs", "shards"},
     {"member", "modes", "engine"},
@@ -26,13 +26,13 @@ LAYERS = [
     {"checkers", "log"},
     {"item"},
     {"rubric", "rows", "judge"},
-    {"plan", "formats", "gold"},
+    {"plan", "formats", "gold", "stored"},
     {"batch", "hidden"},
     {"improve", "panel", "records"},
-    {"run", "controls"},
+    {"run", "controls", "extremes", "screen"},
     {"scoring", "schemas", "report", "reliability", "starter", "questions", "progress"},
-    {"collect", "order", "fitting", "repeat"},
-    {"metrics", "calibrate"},
+    {"collect", "order", "fitting", "repeat", "output"},
+    {"metrics", "calibrate", "pairs", "labels", "export"},
     {"step"},
     {"groups", "material", "checkpoint"},
     {"heldout", "learner"},
@@ -41,7 +41,7 @@ LAYERS = [
     {"cli"},
 ]
 # the half that needs torch
-TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective"}
+TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective", "preference"}
 TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
 TENSOR |= {"descent", "engine", "served", "ranks", "sampler", "learner", "attention", "packing", "shards"}
