@@ -6,6 +6,7 @@ judgement, and gives one value per resample; left out, it is one row of ones. Na
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -87,6 +88,14 @@ def _bounded(value: float, drawn: Floats) -> Interval:
         return Interval(value=value, low=np.nan, high=np.nan)
     low, high = np.quantile(defined, [0.025, 0.975]).tolist()
     return Interval(value=value, low=low, high=high)
+
+
+def wilson(share: float, number: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share of ``number`` independent trials: Wilson 1927."""
+    middle = share + z * z / (2 * number)
+    spread = z * math.sqrt(share * (1 - share) / number + z * z / (4 * number * number))
+    whole = 1 + z * z / number
+    return max(0.0, (middle - spread) / whole), min(1.0, (middle + spread) / whole)
 
 
 def mean(value_S: ArrayLike, weight_BS: Floats | None = None) -> Floats:

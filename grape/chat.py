@@ -31,6 +31,12 @@ def turns_of(question: Question) -> list[Message]:
     return [{"role": "user", "content": question.text}] if isinstance(question.text, str) else list(question.text)
 
 
+def answer_ids(tokenizer: Any, text: str, where: str) -> tuple[int, ...]:
+    """The token ids of a response that has ended."""
+    ids = tokenizer(harmless(tokenizer, text, where), add_special_tokens=False)["input_ids"]
+    return (*ids, tokenizer.eos_token_id)
+
+
 def chat_ids(tokenizer: Any, messages: Sequence[Message], where: str, *, complete: bool = False) -> list[int]:
     """The token ids of a chat, up to where the next response begins; with ``complete``, up to its end.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from grape.batch import Judged, not_judged
-from grape.chat import harmless, prompt_ids
+from grape.chat import answer_ids, prompt_ids
 from grape.config import RunConfig
 from grape.errors import ConfigError
 from grape.judge.prompt import load_prompt
@@ -107,9 +107,7 @@ class Collector:
 
     def answer_ids(self, question: Question, text: str) -> tuple[int, ...]:
         """A given answer as the tokens of a response that has ended."""
-        tokenizer = self._policy.tokenizer
-        text = harmless(tokenizer, text, f"question {question.question_id!r}")
-        return (*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id)
+        return answer_ids(self._policy.tokenizer, text, f"question {question.question_id!r}")
 
     def fits(self, ids: Sequence[int], more: int | None = None) -> bool:
         """Whether a prompt leaves room for so many tokens ``more``, by default a response of the greatest length."""

@@ -23,6 +23,7 @@ from grape.judge.config import TRANSPORT, Judge
 from grape.order import Order, keep_by_difficulty
 from grape.plan import Plan
 from grape.questions import Questions, plan_questions, read_questions, usable
+from grape.recipes import Recipe
 from grape.records import Record, question_rows
 from grape.resources import digest, find, read_text
 from grape.rows import Rows
@@ -154,7 +155,7 @@ def run_row(name: str, kind: str, config: RunConfig, material: Material) -> Reco
     }
 
 
-def make_accelerator(config: RunConfig) -> Any:
+def make_accelerator(config: RunConfig | Recipe) -> Any:
     """Device, precision, processes and trackers."""
     there = [str(tracker) for tracker in get_available_trackers()]
     for tracker in config.trackers:

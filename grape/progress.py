@@ -96,5 +96,17 @@ def training_table(steps: Mapping[int, Mapping[str, float]]) -> Table:
     return table
 
 
+def tuned_table(steps: Mapping[int, Mapping[str, float]], heldout: Mapping[int, Mapping[str, float]]) -> Table:
+    """The first and the last of these steps, and of the measures of what was held out."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("metric", "first", "last"):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for part, prefix in ((steps, ""), (heldout, "held-out ")):
+        first, last = (part[min(part)], part[max(part)]) if part else ({}, {})
+        for name in (name for name in last if not name.startswith(("heldout/", "lr", "epoch", "tokens", "examples"))):
+            table.add_row(Text(f"{prefix}{name}"), _number(first.get(name)), _number(last.get(name)))
+    return table
+
+
 def _number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else f"{value:{form}}"

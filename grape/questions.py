@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import float_info
-from typing import Any
+from typing import Any, Protocol
 
 from grape.config import QuestionsConfig
 from grape.errors import ConfigError, known, one_line
@@ -23,6 +23,22 @@ FILES = {".jsonl", ".json", ".gz", ".parquet"}
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 FIELDS = frozenset(QuestionRow.model_fields)
 MAX = float_info.max
+
+
+class Source(Protocol):
+    """Where rows come from, as a run's file says it."""
+
+    @property
+    def path(self) -> str:
+        """A file, a folder or a data set's name."""
+
+    @property
+    def split(self) -> str:
+        """The part of a data set that has several."""
+
+    @property
+    def subset(self) -> str | None:
+        """The data set, where a name stands for several."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,12 +65,9 @@ def read_questions(
     Columns that are neither fields of a row nor named in ``config.map`` become metadata. A null is as if absent. Rows
     without a question_id are called q-1, q-2, ... by their position in the source.
     """
-    found: Any = _at(config) if source is None else source
-    if isinstance(found, Mapping):
-        found = _split(found, config)
     rows = Rows(source=config.path)
     skipped = []
-    for number, (place, data) in enumerate(read(found, config.path), 1):
+    for number, (place, data) in enumerate(read_source(config, source), 1):
         try:
             _take(rows, place, data, number, config)
         except ConfigError as error:
@@ -64,6 +77,12 @@ def read_questions(
     if not (rows.questions or skipped):
         raise ConfigError(f"{config.path}: no rows")
     return _told(Questions(rows=rows), skipped)
+
+
+def read_source(config: Source, source: Any = None) -> Iterator[tuple[str, Any]]:
+    """Each row at ``config.path``, or of a ``source`` from Python, with its place for messages."""
+    found: Any = _at(config) if source is None else source
+    return read(_split(found, config) if isinstance(found, Mapping) else found, config.path)
 
 
 def plan_questions(
@@ -94,15 +113,20 @@ def usable(questions: Questions, config: QuestionsConfig, check: Callable[[str],
 
 def _told(questions: Questions, skipped: list[str]) -> Questions:
     """The questions with these further lines on rows left out, said. It is an error if nothing is left."""
-    total = len(questions.rows.questions) + len(skipped)
-    if skipped and not questions.rows.questions:
-        raise ConfigError(f"{questions.rows.source}: none of {total} rows can be used; the first: {skipped[0]}")
+    tell(questions.rows.source, len(questions.rows.questions), skipped)
+    return replace(questions, skipped=(*questions.skipped, *skipped))
+
+
+def tell(source: str, kept: int, skipped: Sequence[str]) -> None:
+    """Say which rows were left out, a line for each of the first; `ConfigError` if none was kept."""
+    total = kept + len(skipped)
+    if skipped and not kept:
+        raise ConfigError(f"{source}: none of {total} rows can be used; the first: {skipped[0]}")
     for line in skipped[:SHOWN]:
         logger.warning("skipped: %s", line)
     if skipped:
         more = f", of which {SHOWN} are named here" if len(skipped) > SHOWN else ""
-        logger.warning("%s: skipped rows: %d of %d%s", questions.rows.source, len(skipped), total, more)
-    return replace(questions, skipped=(*questions.skipped, *skipped))
+        logger.warning("%s: skipped rows: %d of %d%s", source, len(skipped), total, more)
 
 
 def _take(rows: Rows, place: str, data: Any, number: int, config: QuestionsConfig) -> None:
@@ -131,17 +155,7 @@ def _take(rows: Rows, place: str, data: Any, number: int, config: QuestionsConfi
 
 def _shaped(place: str, data: Mapping[str, Any], number: int, config: QuestionsConfig) -> dict[str, Any]:
     """The columns of a row as its fields: renamed, filled up, and what is no field under metadata."""
-    data = given(data)
-    mapped = {}
-    for target, column in config.map.items():
-        value = _column(data, column)
-        if value is not None:
-            mapped[target] = value
-        elif target != "category" or config.category is None:
-            has = ", ".join(map(str, data))
-            raise ConfigError(f"{place}: {column}: map takes {target} from it and the row lacks it; the row has: {has}")
-    rest = {key: value for key, value in data.items() if key not in config.map.values()}
-    named = {**rest, **mapped}
+    named = renamed(place, given(data), config.map, may_lack="category" if config.category is not None else None)
     row = {key: value for key, value in named.items() if key in FIELDS}
     further = {key: value for key, value in named.items() if key not in FIELDS}
     if further and isinstance(row.get("metadata", {}), Mapping):
@@ -150,6 +164,21 @@ def _shaped(place: str, data: Mapping[str, Any], number: int, config: QuestionsC
     if config.category is not None:
         row.setdefault("category", config.category)
     return given(row)
+
+
+def renamed(
+    place: str, data: Mapping[str, Any], names: Mapping[str, str], may_lack: str | None = None
+) -> dict[str, Any]:
+    """The columns of a row under the names of fields: ``names`` says which column a field is taken from."""
+    mapped = {}
+    for target, column in names.items():
+        value = _column(data, column)
+        if value is not None:
+            mapped[target] = value
+        elif target != may_lack:
+            has = ", ".join(map(str, data))
+            raise ConfigError(f"{place}: {column}: map takes {target} from it and the row lacks it; the row has: {has}")
+    return {**{key: value for key, value in data.items() if key not in names.values()}, **mapped}
 
 
 def _column(data: Mapping[str, Any], column: str) -> Any:
@@ -167,7 +196,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -MAX <= value <= MAX
 
 
-def _at(config: QuestionsConfig) -> Any:
+def _at(config: Source) -> Any:
     """What stands at the path: a file, a folder that `datasets` wrote, or a data set of the hub."""
     path = Path(config.path)
     folder = path.is_dir()
@@ -188,7 +217,7 @@ def _at(config: QuestionsConfig) -> Any:
         raise ConfigError(f"{config.path}: {where}: {one_line(error)}") from error
 
 
-def _split(splits: Mapping[str, Any], config: QuestionsConfig) -> Any:
+def _split(splits: Mapping[str, Any], config: Source) -> Any:
     if config.split not in splits:
         raise ConfigError(f"{config.path}: no split {config.split!r}; {known(splits, config.split)}")
     return splits[config.split]

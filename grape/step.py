@@ -22,6 +22,16 @@ TUPLES = ("prompt_ids", "token_ids", "rollout_logprobs")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What there is to show after a step: its number, of how many, its metrics, and the seconds that it took."""
+
+    step: int
+    steps: int
+    metrics: dict[str, float]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
     """Groups that were sampled, judged and settled: what the optimizer gets, and what the log gets.
 

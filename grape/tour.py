@@ -11,7 +11,8 @@ from grape.config import RunConfig, load_run
 from grape.resources import packaged
 
 if TYPE_CHECKING:
-    from grape.training import StepReport, Trained
+    from grape.step import StepReport
+    from grape.training import Trained
 
 LOG = "quickstart.duckdb"
 LAST = "(select max(run) from runs where kind = 'train')"

@@ -28,22 +28,12 @@ from grape.panel import Panel
 from grape.ranks import Ranks
 from grape.run import hold, new_name
 from grape.scoring import make_critics
-from grape.step import Step, make_step, settled_groups
+from grape.step import Step, StepReport, make_step, settled_groups
 
 if TYPE_CHECKING:
     from grape.sandbox import Sandbox
 
 logger = logging.getLogger("grape")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepReport:
-    """What there is to show after a step: its number, of how many, its metrics, and the seconds that it took."""
-
-    step: int
-    steps: int
-    metrics: dict[str, float]
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

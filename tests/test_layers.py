@@ -17,7 +17,7 @@ LAYERS = [
     {"config", "chat", "kl"},
     {"adapters", "linear_head", "loss", "recipes"},
     {"policy", "value", "attention", "preference"},
-    {"cache", "head"},
+    {"cache", "head", "classifier"},
     {"rollout", "logprobs", "shards"},
     {"member", "modes", "engine"},
     {"reference", "ranks", "packing", "served"},
@@ -31,12 +31,12 @@ LAYERS = [
     {"improve", "panel", "records"},
     {"run", "controls", "extremes", "screen"},
     {"scoring", "schemas", "report", "reliability", "starter", "questions", "progress"},
-    {"collect", "order", "fitting", "repeat", "output"},
-    {"metrics", "calibrate", "pairs", "labels", "export"},
-    {"step"},
+    {"collect", "order", "fitting", "repeat", "output", "lessons"},
+    {"metrics", "calibrate", "pairs", "labels", "export", "tasks"},
+    {"step", "teacher", "course"},
     {"groups", "material", "checkpoint"},
     {"heldout", "learner"},
-    {"training"},
+    {"training", "tuning"},
     {"cases", "tour"},
     {"cli"},
 ]
@@ -44,6 +44,7 @@ LAYERS = [
 TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective", "preference"}
 TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
+TENSOR |= {"classifier", "tasks", "teacher", "course", "tuning"}
 TENSOR |= {"descent", "engine", "served", "ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 

@@ -10,7 +10,7 @@ import warnings
 
 import click
 
-from grape.cli import rubrics, scores, training
+from grape.cli import data, rubrics, scores, training, tuning
 from grape.cli.options import say
 from grape.errors import GrapeError
 
@@ -21,8 +21,14 @@ VERBS = (
     rubrics.convert,
     scores.score,
     training.train,
+    tuning.sft,
+    tuning.reward_model,
+    tuning.dpo,
     scores.calibrate,
     scores.sql,
+    data.pairs,
+    data.label,
+    data.export,
     rubrics.checkers,
     training.quickstart,
 )

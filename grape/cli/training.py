@@ -39,7 +39,8 @@ def train(
     from grape.config import load_run
     from grape.progress import TrainingProgress, heldout_table, training_table
     from grape.report import show
-    from grape.training import StepReport, train
+    from grape.step import StepReport
+    from grape.training import train
 
     sandbox = make_sandbox(python, service, unsafe_code)
     config = load_run(run, overrides)
@@ -76,8 +77,8 @@ def quickstart(log: Path) -> None:
     from grape.log.query import render, sql
     from grape.progress import TrainingProgress, curve, heldout_table
     from grape.report import show
+    from grape.step import StepReport
     from grape.tour import CRITIQUES, QUESTIONS, quickstart
-    from grape.training import StepReport
 
     with TrainingProgress("quickstart") as bar, redirect_stdout(sys.stderr):
 

@@ -1,0 +1,62 @@
+"""A reward model in training: a policy's body under one logit, as `reward_model:` items read it."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForSequenceClassification
+
+from grape.errors import ConfigError, one_line
+from grape.policy import Policy, folder_of, read_tokenizer
+
+WHERE = "policy.model"
+
+
+def load_classifier(model: str, *, device: str, seed: int, where: str = WHERE) -> Policy:
+    """The sequence classifier of a folder or hub name, with one logit, in float32.
+
+    A causal language model gets a head, drawn from ``seed`` with a variance of 1 / (hidden units + 1) (Stiennon et al.
+    2020); a classifier keeps its own.
+    """
+    folder = folder_of(model, where=where)
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"{where}: {model}: has adapters; merge them into its weights")
+    loaded, fresh = _read(folder, where)
+    tokenizer = read_tokenizer(folder, where)
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    loaded.config.pad_token_id = pad_id  # by which it finds the end of a row
+    if fresh:
+        weight = loaded.score.weight
+        generator = torch.Generator().manual_seed(random.Random(f"{seed}/head").getrandbits(63))
+        with torch.no_grad():
+            weight.copy_(torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[1] + 1))
+    return Policy(
+        model=loaded.eval().to(device), tokenizer=tokenizer, stop_ids=(tokenizer.eos_token_id,), pad_id=pad_id
+    )
+
+
+def _read(folder: Path, where: str) -> tuple[Any, bool]:
+    """The model, and whether its head is not in the folder."""
+    read: Any = AutoModelForSequenceClassification.from_pretrained
+    state = torch.get_rng_state()  # transformers draws a head of its own
+    try:
+        model, info = read(
+            str(folder), dtype=torch.float32, num_labels=1, trust_remote_code=False, use_safetensors=True,
+            local_files_only=True, output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise ConfigError(f"{where}: {folder}: no model that can be a reward model: {one_line(error)}") from error
+    finally:
+        torch.set_rng_state(state)
+    missing = set(info["missing_keys"])
+    head = {f"score.{name}" for name, _ in model.score.named_parameters()} if hasattr(model, "score") else set()
+    if rest := sorted(missing - head):
+        raise ConfigError(f"{where}: {folder}: weights are missing: {one_line(', '.join(rest), 120)}")
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise ConfigError(f"{where}: {folder}: {type(model).__name__} has no linear head called score")
+    return model, bool(missing)

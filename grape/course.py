@@ -1,0 +1,87 @@
+"""What a run of `grape sft`, `reward-model` or `dpo` teaches and holds out: its lessons as rows of tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from grape.errors import ConfigError
+from grape.lessons import Kind, Lesson, by_question, read_lessons
+from grape.policy import Policy
+from grape.questions import tell
+from grape.recipes import DpoRun, Recipe, RewardModelRun, SftRun
+from grape.resources import digest
+from grape.rollout import positions
+from grape.tasks import Example, Task, make_examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """What a run teaches and what it holds out, with hashes of all that decides its result."""
+
+    examples: list[Example]
+    heldout: list[Example]
+    identity: dict[str, str]
+
+
+def _kind(config: Recipe) -> Kind:
+    """What the rows of the data are."""
+    if isinstance(config, SftRun):
+        return "chats"
+    kind = config.loss.kind if isinstance(config, RewardModelRun | DpoRun) else ""
+    kinds: dict[str, Kind] = {"ranking": "rankings", "outcome": "labels", "kto": "labels"}
+    return kinds.get(kind, "pairs")
+
+
+def read_course(config: Recipe, policy: Policy, task: Task) -> Course:
+    """The lessons of a run, read, held out and made rows of tokens. `ConfigError` for what cannot be used."""
+    kind = _kind(config)
+    parts = [read_lessons(config.data, kind)]
+    if config.heldout and config.heldout.data:
+        parts.append(read_lessons(config.data.model_copy(update={"path": config.heldout.data, "limit": None}), kind))
+    rows = digest(" ".join(part.hash for part in parts))
+    usable = [_usable(config, policy, task, part.source, part.lessons) for part in parts]
+    grouped = isinstance(config, RewardModelRun) and config.loss.kind == "bradley-terry"
+    lessons = [by_question(some) if grouped else some for some in usable]
+    if config.heldout and config.heldout.share:
+        lessons = parted(lessons[0], config.heldout.share, config.seed, config.data.path)
+    sections = config.model_dump(exclude={"checkpoint": True, "trackers": True, "log": True})
+    identity = {name: digest(json.dumps(value, sort_keys=True)) for name, value in sections.items()}
+    mismatched = kind == "labels" and isinstance(config, DpoRun)
+    if mismatched and min(map(len, lessons)) < 2:
+        raise ConfigError(f"{config.data.path}: kto compares rows with one another, and there is but one")
+    made = [make_examples(task, some, mismatched=mismatched) for some in lessons]
+    return Course(
+        examples=made[0], heldout=made[1] if len(made) > 1 else [], identity={**identity, "data's rows": rows}
+    )
+
+
+def _usable(config: Recipe, policy: Policy, task: Task, source: str, lessons: Sequence[Lesson]) -> list[Lesson]:
+    """The lessons whose rows the model has room for; ``bad_rows`` says what becomes of the others."""
+    kept, skipped = [], []
+    room = min(config.data.max_tokens or math.inf, positions(policy) or math.inf)
+    for lesson in lessons:
+        try:
+            longest = max(len(prompt) + len(response) for prompt, response in task.rows(lesson))
+            if longest > room:
+                raise ConfigError(f"{lesson.place}: {longest} tokens; there is room for {room:.0f}")
+            kept.append(lesson)
+        except ConfigError as error:
+            if config.data.bad_rows == "fail":
+                raise
+            skipped.append(str(error))
+    tell(source, len(kept), skipped)
+    return kept
+
+
+def parted(lessons: Sequence[Lesson], share: float, seed: int, source: str) -> list[list[Lesson]]:
+    """The lessons to learn from, and those of the share of questions that is held out, in their own order."""
+    groups = list(dict.fromkeys(one.group for one in lessons))
+    if len(groups) < 2:
+        raise ConfigError(f"{source}: has but one question, of which no share can be held out")
+    number = min(len(groups) - 1, max(1, round(share * len(groups))))
+    out = set(Random(f"{seed}/heldout").sample(groups, number))
+    return [[one for one in lessons if (one.group in out) == held] for held in (False, True)]
