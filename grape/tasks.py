@@ -79,12 +79,18 @@ class Task(Protocol):
 
 
 def make_examples(task: Task, lessons: Sequence[Lesson], *, mismatched: bool) -> list[Example]:
-    """The lessons in the same order as rows of tokens; with ``mismatched``, each with the next one's response."""
+    """The lessons in the same order as rows of tokens; with ``mismatched``, each with a response to another question,
+    the next one's."""
     rows = [task.rows(lesson) for lesson in lessons]
+    if mismatched and len({own[0][0] for own in rows}) < 2:
+        raise ConfigError(f"{lessons[0].place}: kto compares questions with one another, and there is but one")
     examples = []
     for at, (lesson, own) in enumerate(zip(lessons, rows, strict=True)):
         members = tuple(member(f"{at}/{k}", *row) for k, row in enumerate(own))
-        other = member(f"{at}/other", own[0][0], rows[(at + 1) % len(rows)][0][1]) if mismatched else None
+        other = None
+        if mismatched:
+            later = (rows[(at + more) % len(rows)][0] for more in range(1, len(rows)))
+            other = member(f"{at}/other", own[0][0], next(text for asked, text in later if asked != own[0][0]))
         examples.append(Example(lesson=lesson, members=members, other=other))
     return examples
 
@@ -287,9 +293,10 @@ class Reward:
         correct_B1 = torch.tensor([[label[one.response_id]] for one in batch.members], device=values_BT.device)
         labels_BT = correct_B1.expand(values_BT.shape)[batch.mask_BT]
         loss = outcome_loss(values_BT[batch.mask_BT], labels_BT).sum() / totals.tokens
+        ends = [score for scores in flat for score in scores.detach().tolist()]
         right = sum(
-            0.5 if float(score) == 0 else float((float(score) > 0) == bool(one.lesson.label))
-            for one, (score,) in zip(examples, flat, strict=True)
+            0.5 if end == 0 else float((end > 0) == bool(one.lesson.label))
+            for one, end in zip(examples, ends, strict=True)
         )
         return loss, {"accuracy": torch.tensor(right / totals.examples)}
 

@@ -84,8 +84,8 @@ class Teacher:
                     sums[name] += float(value)
         found = self._summed(sums, wrong, step)
         norm, rate = self.descent.step(step, self.steps)
-        tokens = sum(len(row) for one in batch for row in one.members)
-        return found | {"grad_norm": norm, "lr": rate, "tokens": float(tokens), "examples": float(len(batch))}
+        size = {"tokens": float(totals.tokens), "examples": float(totals.examples)}
+        return found | size | {"grad_norm": norm, "lr": rate}
 
     @torch.no_grad()
     def measure(self, examples: Sequence[Example]) -> dict[str, float]:

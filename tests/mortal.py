@@ -50,11 +50,16 @@ def _live(folder: str, overrides: tuple[str, ...], death: Death | None, options:
         register_optimizer_step_pre_hook(lambda *_: sys.audit("update", f"before {(number := next(updates))}", number))
         register_optimizer_step_post_hook(lambda *_: sys.audit("update", "after"))
         sys.addaudithook(lambda event, arguments: _die(death, event, arguments))
-    asyncio.run(
-        grape.train(
-            "run.yaml", overrides=overrides, report=lambda step: sys.audit("reported", f"step {step.step}"), **options
-        )
-    )
+    verb = options.pop("verb", "train")
+    options["report"] = lambda step: sys.audit("reported", f"step {step.step}")
+    if verb == "train":
+        asyncio.run(grape.train("run.yaml", overrides=overrides, **options))
+    else:
+        from grape.recipes import load_recipe
+        from grape.tuning import VERBS, tune
+
+        (kind,) = (kind for kind, name in VERBS.items() if name == verb)
+        tune(load_recipe(kind, "run.yaml", overrides), **options)
 
 
 def _die(death: Death, event: str, arguments: tuple[Any, ...]) -> None:

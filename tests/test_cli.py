@@ -100,7 +100,7 @@ def test_a_failing_case_is_named_and_exits_with_one(started):
         (["check", "mth"], 1, "grape: no rubric named 'mth'; did you mean 'math'? known: "),
         (["sql", "select", "--log", "none.duckdb"], 1, "grape: none.duckdb: no such log"),
         (["sql", "selec 1"], 1, "grape: "),
-        (["schema", "rubrik"], 2, "Usage: grape schema [OPTIONS] {rubric|judge|run}"),
+        (["schema", "rubrik"], 2, "Usage: grape schema [OPTIONS] {rubric|judge|run|sft|reward-model|dpo}"),
         (["score", "responses.jsonl", "--judge", "x"], 2, "Usage: grape score [OPTIONS] RESPONSES"),
         (["scoer"], 2, "Usage: grape [OPTIONS] COMMAND [ARGS]..."),
     ],
@@ -166,13 +166,13 @@ def test_checkers_are_listed_and_explained(tmp_path):
 
 
 def test_schema_prints_json_schema(tmp_path):
-    for kind in ("rubric", "judge", "run"):
+    for kind in ("rubric", "judge", "run", "sft", "reward-model", "dpo"):
         assert json.loads(grape("schema", kind, cwd=tmp_path).stdout)["title"] == f"grape {kind}"
 
 
 def test_help_names_every_command(tmp_path):
     text = grape("--help", cwd=tmp_path).stdout
-    for command in ("init", "check", "schema", "score", "sql", "quickstart", "convert", "checkers"):
+    for command in ("init", "check", "schema", "score", "sql", "quickstart", "convert", "checkers", "sft", "reward-model", "dpo"):
         assert f"\n  {command} " in text
 
 

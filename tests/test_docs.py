@@ -26,6 +26,7 @@ from grape.config import (
     parse_run,
 )
 from grape.judge.config import Judge
+from grape.recipes import TAKES, DpoRun, HeldoutConfig, RewardModelRun, SftRun, parse_recipe
 from grape.resources import read_yaml
 from grape.rubric import parse_rubric
 
@@ -77,6 +78,8 @@ def test_yaml_blocks_are_rubrics_judges_or_runs():
         data = read_yaml("README.md", block)
         if "rubric" in data:
             parse_rubric(data, "README.md")
+        elif "data" in data:
+            parse_recipe(DpoRun, data, "README.md")
         elif "policy" in data:
             parse_run(data, "README.md")
         else:
@@ -146,3 +149,25 @@ def test_the_page_on_training_shows_every_field_with_its_default():
     ):
         assert sorted(shown[name]) == sorted(model.model_fields)
     parse_run({**shown, "advantage": {"baseline": "none"}}, "docs/training.md")
+
+
+def test_the_page_on_tuning_shows_every_field_with_its_default():
+    block = (ROOT / "docs/tuning.md").read_text().split("```yaml\n")[1].split("```")[0]
+    off = {line.split(":")[0].strip() for line in block.splitlines() if "# off" in line}
+    shown = read_yaml("docs/tuning.md", block)
+    for kind in (SftRun, RewardModelRun, DpoRun):
+        assert sorted(shown) == sorted(kind.model_fields)
+        for part in ("policy", "data", "optimizer", "checkpoint"):
+            model = kind.model_fields[part].annotation
+            extra = {"turns"} if part == "data" and kind is not SftRun else set()
+            assert set(shown[part]) - extra == set(model.model_fields), (kind, part)
+            for name, field in model.model_fields.items():
+                known = shown[part][name]
+                if not field.is_required() and name not in off and (kind, part, name) != (DpoRun, "optimizer", "lr"):
+                    assert known == field.get_default(call_default_factory=True), (kind, part, name)
+        assert set(shown["heldout"]) == set(HeldoutConfig.model_fields)
+    assert DpoRun.model_fields["optimizer"].default.lr == 1e-6
+    told = (ROOT / "docs/tuning.md").read_text()
+    for kind, parameters in TAKES.items():
+        for name in (kind, *parameters):
+            assert f"`{name}`" in told or f"`kind: {name}`" in told, name

@@ -64,7 +64,7 @@ def check(
 
 
 @click.command()
-@click.argument("kind", type=click.Choice(["rubric", "judge", "run"]))
+@click.argument("kind", type=click.Choice(["rubric", "judge", "run", "sft", "reward-model", "dpo"]))
 def schema(kind: Kind) -> None:
     """Print the JSON Schema of a KIND of file, for editors."""
     from grape.schemas import schema
