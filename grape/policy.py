@@ -47,12 +47,16 @@ class Policy:
 
 
 def folder_of(model: str, *, where: str, local_only: bool = False) -> Path:
-    """The folder of a model: a path, or a name on the Hugging Face hub, fetched once into its cache."""
+    """The folder of a model: a path, or a name on the Hugging Face hub, fetched once into its cache.
+
+    Of a folder of checkpoints (`checkpoint.dir` of a run) it is the last one.
+    """
     if not model:
         raise ConfigError(f"{where}: names no model")
     path = Path(model).expanduser()
     if path.is_dir():
-        return path
+        saved = sorted(path.glob("step-*")) if (path / "run.json").is_file() else []
+        return saved[-1] if saved else path
     if path.exists():
         raise ConfigError(f"{where}: {model}: not a folder")
     if not HUB_NAME.fullmatch(model) or model.startswith("."):

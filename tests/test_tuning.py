@@ -322,7 +322,8 @@ def test_two_processes_teach_what_one_does(start, tmp_path, verb):
 
 def test_the_result_of_one_stage_begins_the_next(folder):
     first = taught(folder, "sft", "data.limit=16")
-    policy = {"model": str(first.folder), "dtype": "float32"}
+    policy = {"model": "checkpoints", "dtype": "float32"}  # the last one of them
+    assert first.folder == Path("checkpoints/step-000002")
     other = {"dir": "aligned"}
     second = taught(folder, "dpo", "data.limit=16", policy=policy, checkpoint=other, optimizer={"lr": 1e-3, "batch": 8})
     assert second.folder == Path("aligned/step-000002")
