@@ -58,6 +58,8 @@ class TrainingProgress:
         said = f"{seconds:.2g} s/step"
         if self.scores:
             said += f"  score {self.scores[-1]:.3f} {curve(self.scores)}"
+        elif "loss" in metrics:
+            said += f"  loss {metrics['loss']:.3f}"
         self._bar.update(self._task, completed=number, total=total, said=said)
         due = number in (1, total) or number % max(1, total // LINES) == 0 or monotonic() - self._said > SILENCE
         if not self._console.is_terminal and due:

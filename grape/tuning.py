@@ -74,7 +74,7 @@ def tune(
             name = checkpoints.check(name, course.identity, resume=resume, allow_changes=allow_changes)
             store = stack.enter_context(Log(config.log))
             stack.enter_context(hold(store, name))
-            saved = _saved(checkpoints, name) if resume else None
+            saved = checkpoints.latest() if resume else None
             _claim(config, store, checkpoints, name, course, saved)
             ranks.say(name, saved)
         else:
@@ -86,6 +86,9 @@ def tune(
         teacher = Teacher(config, policy, task, course.examples, accelerator)
         if saved:
             teacher.descent.load_state_dict(saved.optimizer()["adamw"])
+            if ranks.leads:
+                how = "is finished: it ended with" if saved.step >= teacher.steps else "goes on after"
+                logger.warning("run %s %s step %d", name, how, saved.step)
         if config.trackers and ranks.leads:
             accelerator.init_trackers("grape", config={"run": name})
             stack.callback(accelerator.end_training)
@@ -180,14 +183,6 @@ def _begin(config: Recipe, accelerator: Any, saved: Saved | None) -> tuple[Polic
         return policy, Sft(policy, config)
     assert isinstance(config, DpoRun), config
     return policy, Unpaired(policy, config) if config.loss.kind == "kto" else Alignment(policy, config)
-
-
-def _saved(checkpoints: Checkpoints, name: str) -> Saved | None:
-    """The last checkpoint, now that nobody else is at it."""
-    saved = checkpoints.latest()
-    if saved:
-        logger.warning("run %s goes on after step %d", name, saved.step)
-    return saved
 
 
 def _claim(

@@ -59,13 +59,36 @@ def _tune(name: str, run: Path, overrides: tuple[str, ...], resume: bool, allow_
                 print(json.dumps(line), file=sys.__stdout__, flush=True)
 
         done = tune(config, resume=resume, allow_changes=allow_changes, report=report)
-    if not as_json:
+    if not as_json and steps:
         show(tuned_table(steps, done.heldout))
     show(f"{'reward model' if name == 'reward-model' else 'policy'}: {done.folder}", stderr=True)
     query = f"select step, metrics->>'loss' as loss from steps where run = '{done.run}'"
     show(f'log: {config.log}   ask it: grape sql "{query}" --log {config.log}', stderr=True)
 
 
-sft = _verb("sft", "Teach a policy given responses (supervised fine-tuning), as RUN (a YAML file) says.")
-reward_model = _verb("reward-model", "Train a reward model on pairs, rankings or labels, as RUN (a YAML file) says.")
-dpo = _verb("dpo", "Train a policy on preferences without a reward model (DPO and its kin), as RUN (a YAML file) says.")
+FILE_HELP = """RUN is a YAML file: policy: {model: FOLDER}, data: {path: rows.jsonl}, checkpoint: {dir: FOLDER}, and more
+(docs/tuning.md; `grape schema %s` prints it); FIELD=VALUE overrides a field, as in optimizer.lr=1e-4."""
+
+sft = _verb(
+    "sft",
+    f"""Teach a policy given responses (supervised fine-tuning).
+
+{FILE_HELP % "sft"} Rows are {{"question", "response"}} or {{"messages"}}.
+""",
+)
+reward_model = _verb(
+    "reward-model",
+    f"""Train a reward model on pairs, rankings or labels.
+
+{FILE_HELP % "reward-model"} Rows are {{"question", "chosen", "rejected"}}; {{"question", "responses"}}, best first; or
+{{"question", "response", "label"}}. A rubric's item reads the result: reward_model: FOLDER.
+""",
+)
+dpo = _verb(
+    "dpo",
+    f"""Train a policy on preferences directly (DPO, KTO, ...).
+
+{FILE_HELP % "dpo"} Rows are {{"question", "chosen", "rejected"}}; of loss.kind=kto also
+{{"question", "response", "label"}}.
+""",
+)
