@@ -66,8 +66,8 @@ def _tune(name: str, run: Path, overrides: tuple[str, ...], resume: bool, allow_
     show(f'log: {config.log}   ask it: grape sql "{query}" --log {config.log}', stderr=True)
 
 
-FILE_HELP = """RUN is a YAML file: policy: {model: FOLDER}, data: {path: rows.jsonl}, checkpoint: {dir: FOLDER}, and more
-(docs/tuning.md; `grape schema %s` prints it); FIELD=VALUE overrides a field, as in optimizer.lr=1e-4."""
+FILE_HELP = """RUN is a YAML file: policy: {model: FOLDER}, data: {path: rows.jsonl}, checkpoint: {dir: FOLDER},
+and more (docs/tuning.md; `grape schema %s`); FIELD=VALUE overrides a field, as in optimizer.lr=1e-4."""
 
 sft = _verb(
     "sft",
