@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from grape.errors import ConfigError
-from grape.lessons import Kind, Lesson, by_question, read_lessons
+from grape.lessons import Kind, Lesson, Preferred, read_lessons
 from grape.policy import Policy
 from grape.questions import tell
 from grape.recipes import DpoRun, Recipe, RewardModelRun, SftRun
 from grape.resources import digest
 from grape.rollout import positions
 from grape.tasks import Example, Task, make_examples
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,20 +46,34 @@ def read_course(config: Recipe, policy: Policy, task: Task) -> Course:
     if config.heldout and config.heldout.data:
         parts.append(read_lessons(config.data.model_copy(update={"path": config.heldout.data, "limit": None}), kind))
     rows = digest(" ".join(part.hash for part in parts))
-    usable = [_usable(config, policy, task, part.source, part.lessons) for part in parts]
+    usable = [named(_usable(config, policy, task, part.source, part.lessons)) for part in parts]
     grouped = isinstance(config, RewardModelRun) and config.loss.kind == "bradley-terry"
     lessons = [by_question(some) if grouped else some for some in usable]
+    if _by_margin(config) and not any(pair.margin for one in lessons[0] for pair in one.pairs):
+        raise ConfigError(f"{config.data.path}: none of the rows has a margin, which loss.margin goes by")
+    if len(lessons) > 1:
+        _tell_taught(parts[1].source, *lessons)
     if config.heldout and config.heldout.share:
         lessons = parted(lessons[0], config.heldout.share, config.seed, config.data.path)
     sections = config.model_dump(exclude={"checkpoint": True, "trackers": True, "log": True})
     identity = {name: digest(json.dumps(value, sort_keys=True)) for name, value in sections.items()}
     mismatched = kind == "labels" and isinstance(config, DpoRun)
-    if mismatched and min(map(len, lessons)) < 2:
-        raise ConfigError(f"{config.data.path}: kto compares rows with one another, and there is but one")
     made = [make_examples(task, some, mismatched=mismatched) for some in lessons]
     return Course(
         examples=made[0], heldout=made[1] if len(made) > 1 else [], identity={**identity, "data's rows": rows}
     )
+
+
+def _by_margin(config: Recipe) -> bool:
+    """Whether the loss goes by the rows' margins."""
+    return isinstance(config, RewardModelRun) and config.loss.margin
+
+
+def _tell_taught(source: str, taught: Sequence[Lesson], heldout: Sequence[Lesson]) -> None:
+    """Warn of held-out questions that are taught too: they measure memory."""
+    known, asked = ({json.dumps(one.prompt) for one in some} for some in (taught, heldout))
+    if both := known & asked:
+        logger.warning("%s: held-out questions that are taught too: %d of %d", source, len(both), len(asked))
 
 
 def _usable(config: Recipe, policy: Policy, task: Task, source: str, lessons: Sequence[Lesson]) -> list[Lesson]:
@@ -65,6 +82,8 @@ def _usable(config: Recipe, policy: Policy, task: Task, source: str, lessons: Se
     room = min(config.data.max_tokens or math.inf, positions(policy) or math.inf)
     for lesson in lessons:
         try:
+            if _by_margin(config) and (least := min(pair.margin for pair in lesson.pairs)) < 0:
+                raise ConfigError(f"{lesson.place}: margin: {least:g} is below 0, and loss.margin goes by it")
             longest = max(len(prompt) + len(response) for prompt, response in task.rows(lesson))
             if longest > room:
                 raise ConfigError(f"{lesson.place}: {longest} tokens; there is room for {room:.0f}")
@@ -75,6 +94,37 @@ def _usable(config: Recipe, policy: Policy, task: Task, source: str, lessons: Se
             skipped.append(str(error))
     tell(source, len(kept), skipped)
     return kept
+
+
+def named(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """The lessons, those of one prompt or one name (and what these are joined by) under the name of the first."""
+    same: dict[str, str] = {}  # each name and each prompt leads to another one of the same question, at last to itself
+
+    def first(name: str) -> str:
+        while same.setdefault(name, name) != name:
+            same[name] = name = same[same[name]]
+        return name
+
+    for one in lessons:
+        asked, group = first(json.dumps(one.prompt)), first(one.group)
+        same[asked] = group
+    names: dict[str, str] = {}
+    return [replace(one, group=names.setdefault(first(one.group), one.group)) for one in lessons]
+
+
+def by_question(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """All pairs of a question as one lesson, each response in it once (Ouyang et al. 2022, 3.5)."""
+    firsts: dict[tuple[str, str], Lesson] = {}
+    texts: dict[tuple[str, str], dict[str, int]] = {}
+    pairs: dict[tuple[str, str], list[Preferred]] = {}
+    for one in lessons:
+        key = one.group, json.dumps(one.prompt)
+        firsts.setdefault(key, one)
+        seen = texts.setdefault(key, {})
+        places = [seen.setdefault(text, len(seen)) for text in one.responses]
+        own = pairs.setdefault(key, [])
+        own += [replace(pair, better=places[pair.better], worse=places[pair.worse]) for pair in one.pairs]
+    return [replace(one, responses=tuple(texts[key]), pairs=tuple(pairs[key])) for key, one in firsts.items()]
 
 
 def parted(lessons: Sequence[Lesson], share: float, seed: int, source: str) -> list[list[Lesson]]:

@@ -11,18 +11,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from grape.errors import ConfigError, invalid
+from grape.config import Number
+from grape.errors import ConfigError, invalid, known, one_line
 from grape.questions import read_source, renamed, tell
 from grape.recipes import ChatDataConfig, DataConfig
 from grape.resources import digest
 from grape.rows import given
-from grape.types import Message, Strict, Turn, Unit
+from grape.types import Message, Strict, Turn
 
 Kind = Literal["chats", "pairs", "rankings", "labels"]
 Text = Annotated[str, Field(min_length=1)]
 Asked = Text | Annotated[list[Turn], Field(min_length=1)]
+Likely = Annotated[float, Field(ge=0.5, le=1)]  # below one half the other response would be the chosen one
 SPEAKERS = {"Human": "user", "Assistant": "assistant"}
-TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):")
+ASKS = ("user", "tool")  # whose turns there is a response to
+TRANSCRIPT = re.compile(r"\r?\n\r?\n(Human|Assistant):")
+OPEN = re.compile(r"\r?\n\r?\nAssistant:\s*\Z")  # a transcript's last turn, where the response begins
+
+
+class Lacks(ConfigError):
+    """A row lacks a field that it needs: the line goes on with what it has."""
 
 
 def _id(value: Any) -> Any:
@@ -32,7 +40,7 @@ def _id(value: Any) -> Any:
 class LessonRow(Strict):
     """What all rows may say: the question, and its name where the same one stands in several rows."""
 
-    question_id: Annotated[str | None, BeforeValidator(_id)] = None
+    question_id: Annotated[Text | None, BeforeValidator(_id)] = None
     question: Asked | None = None
 
 
@@ -49,8 +57,8 @@ class PairRow(LessonRow):
 
     chosen: Asked
     rejected: Asked
-    margin: float | None = None
-    probability: Unit | None = None
+    margin: Number | None = None
+    probability: Likely | None = None
 
 
 class RankingRow(LessonRow):
@@ -64,6 +72,11 @@ class LabelRow(LessonRow):
 
     response: Text
     label: bool
+
+
+ROWS: dict[Kind, tuple[type[LessonRow], ...]] = {
+    "chats": (ChatRow,), "pairs": (PairRow,), "rankings": (RankingRow, PairRow), "labels": (LabelRow, PairRow),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,9 +115,7 @@ class Lessons:
     @property
     def hash(self) -> str:
         """Of all that they say."""
-        return digest(
-            json.dumps([[one.prompt, one.responses, *map(str, one.pairs), one.label] for one in self.lessons])
-        )
+        return digest(json.dumps([[o.group, o.prompt, o.responses, *map(str, o.pairs), o.label] for o in self.lessons]))
 
 
 def read_lessons(config: DataConfig, kind: Kind, source: Any = None) -> Lessons:
@@ -112,53 +123,54 @@ def read_lessons(config: DataConfig, kind: Kind, source: Any = None) -> Lessons:
 
     A row that cannot be used is a `ConfigError`, or is left out, named and counted (``bad_rows: skip``).
     """
+    fields = {name for model in ROWS[kind] for name in model.model_fields}
+    if strange := next((name for name in config.map if name not in fields), None):
+        raise ConfigError(f"{config.path}: map: {strange!r} is no field of {kind}; {known(fields, strange)}")
     found: list[Lesson] = []
     skipped: list[str] = []
+    used = 0
     for number, (place, data) in enumerate(read_source(config, source)):
         if number == config.limit:
             break
         try:
             found += _lessons(place, data, kind, config)
+            used += 1
         except ConfigError as error:
             if config.bad_rows == "fail":
                 raise
             skipped.append(str(error))
     if not (found or skipped):
         raise ConfigError(f"{config.path}: no rows")
-    tell(config.path, len(found), skipped)
+    tell(config.path, used, skipped)
     return Lessons(source=config.path, lessons=tuple(found), skipped=tuple(skipped))
 
 
-def by_question(lessons: Sequence[Lesson]) -> list[Lesson]:
-    """All pairs of a question as one lesson, each response in it once (Ouyang et al. 2022, 3.5)."""
-    grouped: dict[tuple[str, tuple[tuple[str, str], ...]], Lesson] = {}
-    for one in lessons:
-        key = one.group, tuple((turn["role"], turn["content"]) for turn in one.prompt)
-        whole = grouped.setdefault(key, replace(one, responses=(), pairs=()))
-        texts = list(dict.fromkeys((*whole.responses, *one.responses)))
-        places = [texts.index(text) for text in one.responses]
-        pairs = [replace(pair, better=places[pair.better], worse=places[pair.worse]) for pair in one.pairs]
-        grouped[key] = replace(whole, responses=tuple(texts), pairs=(*whole.pairs, *pairs))
-    return list(grouped.values())
-
-
-def _lessons(place: str, data: Any, kind: Kind, config: DataConfig) -> Iterator[Lesson]:
-    """What one row teaches."""
+def _lessons(place: str, data: Any, kind: Kind, config: DataConfig) -> list[Lesson]:
+    """What one row teaches: all of it, or nothing."""
     if isinstance(data, ConfigError):
         raise data
     if not isinstance(data, Mapping):
         raise ConfigError(f"{place}: a row is a mapping of columns, not {type(data).__name__}")
     named = renamed(place, given(data), config.map)
+    try:
+        return list(_taught(place, named, kind, config))
+    except Lacks as error:
+        has = one_line(", ".join(map(str, named)) or "nothing")
+        raise ConfigError(f"{error}; the row has: {has}") from error
+
+
+def _taught(place: str, named: Mapping[str, Any], kind: Kind, config: DataConfig) -> Iterator[Lesson]:
     if kind == "chats":
         yield from _of_chat(place, _read(place, named, ChatRow), isinstance(config, ChatDataConfig) and config.turns)
     elif kind == "rankings" and "chosen" not in named:
         ranked = _read(place, named, RankingRow)
         if len(set(ranked.responses)) < len(ranked.responses):
             raise ConfigError(f"{place}: responses: one stands twice")
-        yield _lesson(place, ranked, _asked(place, ranked), *ranked.responses)
+        texts = {f"responses.{rank}": text for rank, text in enumerate(ranked.responses)}
+        yield _lesson(place, ranked, _asked(place, ranked), texts)
     elif kind == "labels" and "chosen" not in named:
         row = _read(place, named, LabelRow)
-        yield replace(_lesson(place, row, _asked(place, row), row.response), label=row.label)
+        yield replace(_lesson(place, row, _asked(place, row), {"response": row.response}), label=row.label)
     else:
         pair = _of_pair(place, _read(place, named, PairRow))
         if kind != "labels":
@@ -169,50 +181,69 @@ def _lessons(place: str, data: Any, kind: Kind, config: DataConfig) -> Iterator[
 
 
 def _read(place: str, named: Mapping[str, Any], model: type[Any]) -> Any:
-    row = {key: value for key, value in named.items() if key in model.model_fields}
+    row = {key: _turns(value) for key, value in named.items() if key in model.model_fields}
     try:
         return model.model_validate(row)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        line = invalid(place, error, sorted(model.model_fields))
+        line = invalid(place, error, sorted(Turn.model_fields))
         if fault["type"] == "missing" and len(fault["loc"]) == 1:
-            raise ConfigError(f"{line}; the row has: {', '.join(map(str, named))}") from error
+            raise Lacks(str(line)) from error
         raise line from error
+
+
+def _turns(value: Any) -> Any:
+    """Turns without the keys that only fill a column: those that are None."""
+    if not isinstance(value, list | tuple):
+        return value
+    return [given(turn) if isinstance(turn, Mapping) else turn for turn in value]
 
 
 def _asked(place: str, row: LessonRow) -> tuple[Message, ...]:
     """The turns up to where the response begins."""
     if row.question is None:
-        raise ConfigError(f"{place}: question: is missing")
-    if isinstance(row.question, str):
+        raise Lacks(f"{place}: question: is missing")
+    if isinstance(row.question, str) and not TRANSCRIPT.match(row.question):
         return ({"role": "user", "content": row.question},)
-    turns = tuple(turn.model_dump() for turn in row.question)
+    turns = tuple(
+        _transcript(place, "question", OPEN.sub("", row.question))
+        if isinstance(row.question, str)
+        else (turn.model_dump() for turn in row.question)
+    )
     if turns[-1]["role"] == "assistant":
         raise ConfigError(f"{place}: question: ends with a turn of the assistant, where the response begins")
     return turns
 
 
-def _lesson(place: str, row: LessonRow, prompt: tuple[Message, ...], *responses: str) -> Lesson:
-    if empty := [text for text in responses if not text.strip()]:
-        raise ConfigError(f"{place}: {len(empty)} of its responses have no text")
+def _lesson(place: str, row: LessonRow, prompt: tuple[Message, ...], texts: Mapping[str, str]) -> Lesson:
+    """A lesson of these responses, by the names of their fields."""
+    if empty := next((name for name, text in texts.items() if not text.strip()), None):
+        raise ConfigError(f"{place}: {empty}: the response has no text")
+    if not any(turn["role"] in ASKS and turn["content"].strip() for turn in prompt):
+        raise ConfigError(f"{place}: nothing is asked before the response")
+    if prompt[-1]["role"] == "assistant":
+        raise ConfigError(f"{place}: {next(iter(texts))}: two turns of the assistant follow one another")
     group = json.dumps(prompt) if row.question_id is None else row.question_id
-    return Lesson(place=place, group=group, prompt=prompt, responses=responses)
+    return Lesson(place=place, group=group, prompt=prompt, responses=tuple(texts.values()))
 
 
 def _of_chat(place: str, row: ChatRow, turns: Any) -> Iterator[Lesson]:
     if (row.messages is None) == (row.response is None) or (row.messages and row.question):
-        raise ConfigError(f"{place}: needs either question and response, or messages")
+        raise Lacks(f"{place}: needs either question and response, or messages")
     if row.messages is None:
-        yield _lesson(place, row, _asked(place, row), row.response or "")
+        yield _lesson(place, row, _asked(place, row), {"response": row.response or ""})
         return
     messages = [turn.model_dump() for turn in row.messages]
     if messages[-1]["role"] != "assistant":
         raise ConfigError(
             f"{place}: messages: end with a turn of the {messages[-1]['role']}: there is nothing to learn"
         )
-    ends = [at for at, turn in enumerate(messages) if turn["role"] == "assistant" and at]
+    asked = next((at for at, turn in enumerate(messages) if turn["role"] in ASKS), len(messages))
+    ends = [at for at, turn in enumerate(messages) if turn["role"] == "assistant" and at > asked]
+    if not ends:
+        raise ConfigError(f"{place}: messages: no turn of the assistant follows one of the user")
     for end in ends if turns == "all" else ends[-1:]:
-        lesson = _lesson(place, row, tuple(messages[:end]), messages[end]["content"])
+        lesson = _lesson(place, row, tuple(messages[:end]), {f"messages.{end}": messages[end]["content"]})
         yield replace(lesson, group=row.question_id or json.dumps(messages))  # turns of one chat are never parted
 
 
@@ -227,16 +258,18 @@ def _of_pair(place: str, row: PairRow) -> Lesson:
         raise ConfigError(f"{place}: chosen and rejected are the same text")
     probability = 1.0 if row.probability is None else row.probability
     pair = Preferred(better=0, worse=1, margin=row.margin or 0.0, probability=probability)
-    return replace(_lesson(place, row, asked, chosen, rejected), pairs=(pair,))
+    return replace(_lesson(place, row, asked, {"chosen": chosen, "rejected": rejected}), pairs=(pair,))
 
 
 def _dialogue(place: str, name: str, said: str | Sequence[Turn], row: LessonRow) -> tuple[tuple[Message, ...], str]:
     """What was asked, and the response, of one side of a pair."""
-    if row.question is not None and isinstance(said, str):
+    if row.question is not None and isinstance(said, str) and not TRANSCRIPT.match(said):
         return _asked(place, row), said
     turns = _transcript(place, name, said) if isinstance(said, str) else [turn.model_dump() for turn in said]
     asked = [] if row.question is None else list(_asked(place, row))
-    if asked and turns[: len(asked)] != asked:
+    if not any(turns[at : at + len(asked)] == asked for at in range(len(turns) - len(asked))):
+        if turns[0]["role"] != "assistant" and asked[-1]["role"] != "system":
+            raise ConfigError(f"{place}: {name}: its turns ask something else than question")
         turns = asked + turns
     if turns[-1]["role"] != "assistant" or len(turns) < 2:
         raise ConfigError(f"{place}: {name}: does not end with a response of the assistant to something asked")
@@ -250,7 +283,7 @@ def _transcript(place: str, name: str, text: str) -> list[Message]:
         {"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
     ]
     if head.strip() or not turns:
-        raise ConfigError(f"{place}: question: is missing, and {name} is no dialogue of Human: and Assistant:")
+        raise Lacks(f"{place}: question: is missing, and {name} is no dialogue of Human: and Assistant:")
     for before, turn in pairwise(turns):
         if before["role"] == turn["role"]:
             raise ConfigError(f"{place}: {name}: two turns of the {turn['role']} follow one another")

@@ -176,7 +176,7 @@ def renamed(
         if value is not None:
             mapped[target] = value
         elif target != may_lack:
-            has = ", ".join(map(str, data))
+            has = one_line(", ".join(map(str, data)))
             raise ConfigError(f"{place}: {column}: map takes {target} from it and the row lacks it; the row has: {has}")
     return {**{key: value for key, value in data.items() if key not in names.values()}, **mapped}
 
@@ -199,8 +199,11 @@ def is_number(value: Any) -> bool:
 def _at(config: Source) -> Any:
     """What stands at the path: a file, a folder that `datasets` wrote, or a data set of the hub."""
     path = Path(config.path)
-    folder = path.is_dir()
-    if not folder and (path.exists() or path.suffix in FILES or not HUB_NAME.fullmatch(config.path)):
+    try:
+        folder, there = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{one_line(path, 100)}: {getattr(error, 'strerror', None) or error}") from error
+    if not folder and (there or path.suffix in FILES or not HUB_NAME.fullmatch(config.path)):
         return path
     try:
         import datasets

@@ -23,6 +23,8 @@ from grape.config import (
 from grape.errors import invalid
 from grape.types import Strict
 
+Place = Annotated[str, Field(min_length=1)]
+
 
 class DataConfig(Strict):
     """Where the rows come from, and which column is which field.
@@ -32,7 +34,7 @@ class DataConfig(Strict):
     than ``max_tokens`` (default: the model's context) among them, and counts them. ``limit`` takes the first rows.
     """
 
-    path: str
+    path: Place
     split: str = "train"
     subset: str | None = None
     map: dict[str, str] = Field(default_factory=dict)
@@ -61,7 +63,7 @@ class HeldoutConfig(Strict):
     step, ``every`` so many and after the last."""
 
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    data: str | None = None
+    data: Place | None = None
     every: Count | None = None
 
     @model_validator(mode="after")
