@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from random import Random
 
 from grape.errors import ConfigError
+from grape.examples import Example, Task, make_examples
 from grape.lessons import Kind, Lesson, Preferred, read_lessons
 from grape.policy import Policy
 from grape.questions import tell
 from grape.recipes import DpoRun, Recipe, RewardModelRun, SftRun
 from grape.resources import digest
 from grape.rollout import positions
-from grape.tasks import Example, Task, make_examples
 
 logger = logging.getLogger(__name__)
 

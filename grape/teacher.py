@@ -12,6 +12,7 @@ import torch
 
 from grape.descent import Descent
 from grape.errors import GrapeError
+from grape.examples import Example, Task, Totals
 from grape.member import Batch, Member
 from grape.modes import Modes
 from grape.packing import Packing
@@ -20,7 +21,7 @@ from grape.preference import kto_kl
 from grape.ranks import Ranks
 from grape.recipes import Recipe
 from grape.rollout import evaluating
-from grape.tasks import Example, Likelihood, Task, Totals, autocast
+from grape.tasks import Likelihood, autocast
 
 ALL = 2**62  # tokens: a cut of examples is one micro-batch whatever its size
 

@@ -20,6 +20,7 @@ from grape.checkpoint import Checkpoints, Saved, State
 from grape.classifier import load_classifier
 from grape.course import Course, read_course
 from grape.errors import ConfigError
+from grape.examples import Task
 from grape.log import Log
 from grape.material import make_accelerator
 from grape.policy import Policy, load_policy
@@ -30,7 +31,7 @@ from grape.resources import digest
 from grape.run import hold, new_name
 from grape.sampler import seeded
 from grape.step import StepReport
-from grape.tasks import Alignment, Reward, Sft, Task, Unpaired
+from grape.tasks import Alignment, Reward, Sft, Unpaired
 from grape.teacher import Teacher
 
 logger = logging.getLogger("grape")

@@ -32,9 +32,9 @@ LAYERS = [
     {"run", "controls", "extremes", "screen"},
     {"scoring", "schemas", "report", "reliability", "starter", "questions", "progress"},
     {"collect", "order", "fitting", "repeat", "output", "lessons"},
-    {"metrics", "calibrate", "pairs", "labels", "export", "tasks"},
-    {"step", "teacher", "course"},
-    {"groups", "material", "checkpoint"},
+    {"metrics", "calibrate", "pairs", "labels", "export", "examples"},
+    {"step", "tasks"},
+    {"groups", "material", "checkpoint", "teacher", "course"},
     {"heldout", "learner"},
     {"training", "tuning"},
     {"cases", "tour"},
@@ -44,7 +44,7 @@ LAYERS = [
 TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective", "preference"}
 TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
-TENSOR |= {"classifier", "tasks", "teacher", "course", "tuning"}
+TENSOR |= {"classifier", "examples", "tasks", "teacher", "course", "tuning"}
 TENSOR |= {"descent", "engine", "served", "ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
