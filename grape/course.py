@@ -51,6 +51,11 @@ def read_course(config: Recipe, policy: Policy, task: Task) -> Course:
     lessons = [by_question(some) if grouped else some for some in usable]
     if _by_margin(config) and not any(pair.margin for one in lessons[0] for pair in one.pairs):
         raise ConfigError(f"{config.data.path}: none of the rows has a margin, which loss.margin goes by")
+    if isinstance(config, DpoRun) and config.loss.kind != "dpo":
+        soft = sum(pair.probability < 1 for one in lessons[0] for pair in one.pairs)
+        if soft:
+            told = "%s: %d pairs have a probability, which %s does not take: their chosen one counts as surely better"
+            logger.warning(told, config.data.path, soft, config.loss.kind)
     if len(lessons) > 1:
         _tell_taught(parts[1].source, *lessons)
     if config.heldout and config.heldout.share:

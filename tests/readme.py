@@ -1,4 +1,4 @@
-"""The README's code blocks, run as a reader would: `python tests/readme.py` writes what the commands print into it.
+"""Code blocks of documents, run as a reader would: `python tests/readme.py [FILE]` writes what the commands print.
 
 A ```console block holds commands after `$ ` (continued while quotes are open) and what they print; a line of only
 `...` stands for any lines. The blocks run in order in one folder, in which `examples` is the repository's.
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+SHOWN = ("README.md", "docs/data.md")  # the documents with such blocks
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
@@ -95,4 +96,5 @@ def rewrite(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    rewrite(ROOT / "README.md")
+    for name in sys.argv[1:] or SHOWN:
+        rewrite(ROOT / name)

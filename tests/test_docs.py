@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from readme import ROOT, blocks, commands, matches, prepare, run, tidy
+from readme import ROOT, SHOWN, blocks, commands, matches, prepare, run, tidy
 
 from grape.config import (
     CheckpointConfig,
@@ -43,10 +43,11 @@ def confined(block):
 
 
 @pytest.mark.slow
-def test_console_blocks_print_what_they_show(tmp_path):
+@pytest.mark.parametrize("document", SHOWN)
+def test_console_blocks_print_what_they_show(tmp_path, document):
     folder = prepare(tmp_path)
     wrong = []
-    for block in blocks(README, "console"):
+    for block in blocks((ROOT / document).read_text(encoding="utf-8"), "console"):
         if confined(block) and shutil.which("bwrap") is None:
             continue  # the README says what to install; .ci/run does, so there the block is held to its word
         for command in commands(block):

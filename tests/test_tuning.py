@@ -362,6 +362,21 @@ def test_a_changed_setting_is_named_and_a_finished_run_stays_as_it_is(folder, ca
     assert state(folder) == before
 
 
+def test_soft_labels_are_a_label_of_dpo_and_named_where_a_kind_takes_none(folder, caplog):
+    rows = [{**row, "probability": 0.75} for row in read(folder, "pairs")[:4]]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"lr": 0.01, "batch": 4, "epochs": 2}
+    taught(folder, "dpo", optimizer=options)
+    assert caplog.messages == []
+    last = steps(folder)[2]
+    losses = [0.75, 0.25]
+    assert last["loss"] > -sum(p * math.log(p) for p in losses) > 0.5  # the entropy of the labels is the least there is
+    taught(folder, "dpo", optimizer=options, loss={"kind": "ipo"}, checkpoint={"dir": "other"})
+    assert caplog.messages == [
+        "pairs.jsonl: 4 pairs have a probability, which ipo does not take: their chosen one counts as surely better"
+    ]
+
+
 def test_a_loss_that_is_no_number_moves_nothing(folder):
     policy = load_policy(str(folder / "policy"))
     with torch.no_grad():

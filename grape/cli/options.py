@@ -66,16 +66,16 @@ def make_sandbox(python: str | None, service: str | None, unsafe_code: bool) -> 
     return sandbox
 
 
-def with_progress(work: Callable[[Any], Coroutine[Any, Any, T]]) -> T:
+def with_progress(work: Callable[[Any], Coroutine[Any, Any, T]], what: str = "scoring") -> T:
     """Run a coroutine function that reports progress, with a bar on stderr (rate and time left) on a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     rate = TextColumn("{task.fields[rate]}")
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("scoring", total=None, rate="")
+        task = progress.add_task(what, total=None, rate="")
 
         def report(done: int, total: int) -> None:
             speed = progress.tasks[0].speed
