@@ -171,7 +171,7 @@ human_labels: What people said of responses: the truth that `grape calibrate` ho
 """
 
 FOURTH_TABLES = """
-preferences: One response preferred to another to the same question: by a rubric's reward, or by a judge in both orders.
+preferences: One response preferred to another of its question, by a rubric's reward or by a judge.
   run              VARCHAR                the run of the responses, as in runs
   step             INTEGER                the training step; 0 outside training
   question_id      VARCHAR                the question, as in questions
