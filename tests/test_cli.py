@@ -172,7 +172,19 @@ def test_schema_prints_json_schema(tmp_path):
 
 def test_help_names_every_command(tmp_path):
     text = grape("--help", cwd=tmp_path).stdout
-    for command in ("init", "check", "schema", "score", "sql", "quickstart", "convert", "checkers", "sft", "reward-model", "dpo"):
+    for command in (
+        "init",
+        "check",
+        "schema",
+        "score",
+        "sql",
+        "quickstart",
+        "convert",
+        "checkers",
+        "sft",
+        "reward-model",
+        "dpo",
+    ):
         assert f"\n  {command} " in text
 
 

@@ -176,6 +176,7 @@ def copied(scored, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_calls_that_people_agree_with_can_be_chosen(copied):
     log = copied / "log.duckdb"
     assert error_of(copied, "judge", labelled=True).startswith(
@@ -219,6 +220,7 @@ def test_critiques_are_written_with_what_they_are_about(scored):
     assert found[3]["question"] == ROWS[2]["question"]
 
 
+@pytest.mark.slow
 def test_responses_are_scored_again_to_the_same_rewards(copied):
     found = out_of(copied, "responses", "again.jsonl")
     assert found == [{**row, "response_id": id_} for row, id_ in zip(ROWS, ("a-0", "a-1", "b-0"), strict=True)]
@@ -243,6 +245,7 @@ def hostile(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_both_kinds_of_file_hold_the_same_rows(hostile):
     for what in ("sft", "critique"):
         rows = out_of(hostile, what)
@@ -274,6 +277,7 @@ def test_half_a_surrogate_pair_comes_back_or_is_one_line(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.duckdb", "out.jsonl"]
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_without_force(tmp_path):
     store(tmp_path / "log.duckdb", {"a": scores(1.0)})
     for name in ("out.jsonl", "out.parquet", "folder"):
@@ -344,6 +348,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["log.duckdb"]
 
 
+@pytest.mark.slow
 def test_the_command_says_what_it_wrote(tmp_path):
     store(tmp_path / "critiques.duckdb", {"a": scores(0.25, 0.75)})
     done = subprocess.run([GRAPE, "export", "sft", "--out", "s.jsonl"], cwd=tmp_path, capture_output=True, text=True)

@@ -97,6 +97,7 @@ def test_a_reference_is_shown_and_a_failure_told(folder):
     assert "judge j gave no score: timeout\n| timed out\n" in person.shown
 
 
+@pytest.mark.slow
 def test_the_one_before_can_be_labelled_anew_and_the_newest_label_counts(folder):
     person = Person("b", "y", "b", "0.25 on second thought", "s", "q")
     done = person.label(folder)
@@ -123,6 +124,7 @@ def test_what_somebody_has_labelled_is_not_shown_to_them_again(folder):
     assert (again.cases, other.cases) == ([("a/1", "kind")], [("a/0", "short")])
 
 
+@pytest.mark.slow
 def test_a_label_holds_in_another_run_of_the_same_text_alone(folder):
     Person("y", "y", "q").label(folder)
     same = [answer("first", kind=sure(0.9), short=sure(0.3)), answer("another", kind=sure(0.5))]

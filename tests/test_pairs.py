@@ -75,6 +75,7 @@ def test_a_text_is_not_better_than_itself(tmp_path):
     assert counts(report) == {"groups": 2, "ties": 1, "stored": 1}
 
 
+@pytest.mark.slow
 def test_a_column_of_rewards_or_an_item_says_what_is_better(tmp_path):
     members = [
         {"text": "p", "weighted": 0.2, "reward": {"reward": 0.9},
@@ -95,6 +96,7 @@ def test_a_column_of_rewards_or_an_item_says_what_is_better(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_step_of_a_training_run_is_a_group_of_its_own(tmp_path):
     for step in (1, 2):
         store(tmp_path / "log.duckdb", {"a": scores(0.1 * step, 0.5)}, kind="train", step=step)
@@ -103,6 +105,7 @@ def test_each_step_of_a_training_run_is_a_group_of_its_own(tmp_path):
     assert ask(tmp_path / "log.duckdb", "select step from preferences order by rowid") == [(1,), (2,)]
 
 
+@pytest.mark.slow
 def test_the_last_run_is_the_one_that_began_last_and_no_run_beside_another(tmp_path):
     log = tmp_path / "log.duckdb"
     store(log, {"a": scores(0, 1)}, run="z", day=1)

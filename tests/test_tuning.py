@@ -185,13 +185,13 @@ def test_the_loss_of_a_reward_model_is_that_of_the_values_that_its_items_give(fo
     ("verb", "sections"),
     [
         ("sft", {}),
-        later("reward-model", {}),
+        ("reward-model", {}),
         ("reward-model", {"data": {"path": "rankings.jsonl"}, "loss": {"kind": "ranking"}}),
-        later("reward-model", {"data": {"path": "labels.jsonl"}, "loss": {"kind": "outcome"}}),
-        ("dpo", {"loss": {"kind": "kto"}}),
-        *(later("dpo", {"loss": {"kind": kind}}) for kind in KINDS[:-1]),
+        ("reward-model", {"data": {"path": "labels.jsonl"}, "loss": {"kind": "outcome"}}),
+        *(("dpo", {"loss": {"kind": kind}}) for kind in KINDS),
     ],
 )
+@pytest.mark.slow
 def test_how_a_batch_is_cut_into_micro_batches_changes_no_step(start, tmp_path, verb, sections):
     weights = []
     for tokens in (100_000, 60, 1):
@@ -205,6 +205,7 @@ def test_how_a_batch_is_cut_into_micro_batches_changes_no_step(start, tmp_path, 
             assert torch.allclose(weight, other[name], atol=2e-5), name
 
 
+@pytest.mark.slow
 def test_all_pairs_of_a_question_are_one_example_that_weighs_as_much_as_a_single_pair(folder):
     rows = read(folder, "pairs")[:2]
     more = [{**rows[0], "rejected": text} for text in ("nothing", "no")]
@@ -321,6 +322,7 @@ def test_two_processes_teach_what_one_does(start, tmp_path, verb):
         assert told == pytest.approx({name: two[step][name] for name in told}, abs=1e-4)  # till then all pairs tie
 
 
+@pytest.mark.slow
 def test_the_result_of_one_stage_begins_the_next(folder):
     first = taught(folder, "sft", "data.limit=16")
     policy = {"model": "checkpoints", "dtype": "float32"}  # the last one of them
@@ -362,6 +364,7 @@ def test_a_changed_setting_is_named_and_a_finished_run_stays_as_it_is(folder, ca
     assert state(folder) == before
 
 
+@pytest.mark.slow
 def test_soft_labels_are_a_label_of_dpo_and_named_where_a_kind_takes_none(folder, caplog):
     rows = [{**row, "probability": 0.75} for row in read(folder, "pairs")[:4]]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
