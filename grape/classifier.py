@@ -28,8 +28,13 @@ def load_classifier(model: str, *, device: str, seed: int, where: str = WHERE) -
         raise ConfigError(f"{where}: {model}: has adapters; merge them into its weights")
     loaded, fresh = _read(folder, where)
     tokenizer = read_tokenizer(folder, where)
-    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    loaded.config.pad_token_id = pad_id  # by which it finds the end of a row
+    size, rows = max(tokenizer.get_vocab().values()) + 1, loaded.get_input_embeddings().weight.shape[0]
+    if size > rows:
+        raise ConfigError(f"{where}: {model}: the tokenizer has {size} tokens, the model {rows}")
+    own_pad = tokenizer.pad_token_id not in (None, tokenizer.eos_token_id)
+    # It finds the end of a row by its padding: were that the end token itself, an item would read one token too early.
+    loaded.config.pad_token_id = tokenizer.pad_token_id if own_pad else None
+    pad_id = tokenizer.pad_token_id if own_pad else tokenizer.eos_token_id
     if fresh:
         weight = loaded.score.weight
         generator = torch.Generator().manual_seed(random.Random(f"{seed}/head").getrandbits(63))

@@ -212,8 +212,9 @@ class Reward:
         """Every token of a response is labelled with whether it was right; the accuracy is that of its last token."""
         label = {one.members[0].response_id: float(bool(one.lesson.label)) for one in examples}
         correct_B1 = torch.tensor([[label[one.response_id]] for one in batch.members], device=values_BT.device)
-        labels_BT = correct_B1.expand(values_BT.shape)[batch.mask_BT]
-        loss = outcome_loss(values_BT[batch.mask_BT], labels_BT).sum() / totals.tokens
+        own_BT = batch.mask_BT[:, 1:]  # the first value of a row is that of the prompt's last token
+        labels_N = correct_B1.expand(own_BT.shape)[own_BT]
+        loss = outcome_loss(values_BT[:, 1:][own_BT], labels_N).sum() / (totals.tokens - totals.examples)
         ends = [score for scores in flat for score in scores.detach().tolist()]
         right = sum(
             0.5 if end == 0 else float((end > 0) == bool(one.lesson.label))

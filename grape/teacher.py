@@ -41,6 +41,7 @@ class Teacher:
         self._config = config
         self._task = task
         self._ranks = Ranks(accelerator)
+        self._drawn, self._order = -1, list[int]()  # the epoch whose order this is
         with autocast(config.policy, policy.model.device):
             self._packing = Packing(policy.model, policy.pad_id)
             self._modes = Modes(policy.model, config.policy.gradient_checkpointing)
@@ -63,9 +64,11 @@ class Teacher:
     def batch(self, step: int) -> list[Example]:
         """The examples of a step, from 1."""
         epoch, place = divmod(step - 1, self._per_epoch)
-        order = Random(f"{self._config.seed}/{epoch}").sample(range(len(self.examples)), len(self.examples))
+        if epoch != self._drawn:
+            drawn = Random(f"{self._config.seed}/{epoch}").sample(range(len(self.examples)), len(self.examples))
+            self._drawn, self._order = epoch, drawn
         size = self._config.optimizer.batch
-        return [self.examples[number] for number in order[place * size : (place + 1) * size]]
+        return [self.examples[number] for number in self._order[place * size : (place + 1) * size]]
 
     def update(self, step: int) -> dict[str, float]:
         """One step, and its metrics. `GrapeError` before a number that is not finite reaches the weights."""
@@ -85,7 +88,7 @@ class Teacher:
                     sums[name] += float(value)
         found = self._summed(sums, wrong, step)
         norm, rate = self.descent.step(step, self.steps)
-        size = {"tokens": float(totals.tokens), "examples": float(totals.examples)}
+        size = {"tokens": float(totals.tokens), "examples": float(totals.examples), "epoch": step / self._per_epoch}
         return found | size | {"grad_norm": norm, "lr": rate}
 
     @torch.no_grad()

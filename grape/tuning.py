@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -111,29 +112,31 @@ class Lectures:
         self._checkpoints = checkpoints
         self._accelerator = accelerator
         self._heldout: dict[int, dict[str, float]] = {}
-        logged = store.query("select step from steps where run = ?", [name]) if store else []
-        self._logged = {step for (step,) in logged}
+        logged = store.query("select step, metrics from steps where run = ? order by step", [name]) if store else []
+        self._logged = {step: json.loads(metrics) for step, metrics in logged}
 
     def run(self, saved: Saved | None, report: Callable[[StepReport], None] | None) -> Tuned:
         """Every step, and the result."""
         done, steps = saved.step if saved else 0, self._teacher.steps
+        for step, metrics in self._logged.items():
+            told = {key.removeprefix("heldout/"): value for key, value in metrics.items() if key.startswith("heldout/")}
+            if step <= done and told:
+                self._heldout[step] = told
         if done == 0:
             self._told(0, datetime.now(UTC), self._measured(0))
         for step in range(done + 1, steps + 1):
             started, clock = datetime.now(UTC), perf_counter()
             metrics = self._teacher.update(step)
-            metrics |= {"epoch": step * self._config.optimizer.batch / len(self._teacher.examples)}
             metrics |= self._measured(step) if self._due(step) else {}
             self._told(step, started, metrics)
             if self._store and (step % self._config.checkpoint.every == 0 or step == steps):
                 state = State(weights=None, optimizer={"adamw": self._teacher.descent.state_dict()})
                 self._checkpoints.save(step, 0, self._teacher.policy, state)
             self._accelerator.log(metrics, step=step)
-            if report:
+            if report and self._store:
                 report(StepReport(step=step, steps=steps, metrics=metrics, seconds=perf_counter() - clock))
-        folder = self._config.checkpoint.dir
-        latest = self._checkpoints.latest() if self._store else None
-        return Tuned(run=self._name, folder=latest.folder if latest else Path(folder), heldout=self._heldout)
+        folder = Path(self._config.checkpoint.dir) / f"step-{max(done, steps):06d}"
+        return Tuned(run=self._name, folder=folder, heldout=self._heldout)
 
     def _due(self, step: int) -> bool:
         """Whether the held-out examples are measured after a step."""
@@ -190,7 +193,13 @@ def _claim(
     config: Recipe, store: Log, checkpoints: Checkpoints, name: str, course: Course, saved: Saved | None
 ) -> None:
     """From here on the checkpoints' folder and the log hold the run: all that could be wrong has been looked at."""
-    known = store.query("select 1 from runs where run = ?", [name])
+    known = store.query("select kind from runs where run = ?", [name])
+    if known and known[0][0] != VERBS[type(config)]:
+        raise ConfigError(f"{checkpoints.folder}: holds a run of grape {known[0][0]}, not of {VERBS[type(config)]}")
+    if saved and config.policy.lora is None and (saved.folder / "adapter_config.json").is_file():
+        raise ConfigError(f"policy.lora: run {name} trains adapters, and this would train all weights")
+    if saved and config.policy.lora and not (saved.folder / "adapter_config.json").is_file():
+        raise ConfigError(f"policy.lora: run {name} trains all weights, and this would train adapters")
     if saved and not known:
         raise ConfigError(
             f"{config.log}: has nothing of run {name}, which {checkpoints.folder} holds: a run is "
@@ -216,6 +225,7 @@ def _compared(
     """With what the policy thought of every row before the first step: computed once, and kept with the checkpoints."""
     path = Path(config.checkpoint.dir) / "reference.pt"
     everything = [*course.examples, *course.heldout]
+    rows = digest(json.dumps([[[*row.prompt_ids, -1, *row.token_ids] for row in one.rows] for one in everything]))
     if saved is None:
         teacher = Teacher(config, policy, task, course.examples, accelerator)
         refs = []
@@ -224,13 +234,16 @@ def _compared(
             refs += [tuple(found[row.response_id] for row in one.rows) for one in part]
         if teacher.leads:
             draft = path.with_name(f".{path.name}")
-            torch.save(refs, draft)
+            torch.save({"rows": rows, "logprobs": refs}, draft)
             draft.replace(path)
     else:
         try:
-            refs = torch.load(path, weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError) as error:
+            stored = torch.load(path, weights_only=True)
+            refs, known = stored["logprobs"], stored["rows"]
+        except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path}: damaged: no log-probabilities of the reference") from error
+        if known != rows:
+            raise ConfigError(f"{path}: is of other rows: another checkpoint.dir begins anew with these")
     with_refs = [replace(one, ref=tuple(ref)) for one, ref in zip(everything, refs, strict=True)]
     cut = len(course.examples)
     return replace(course, examples=with_refs[:cut], heldout=with_refs[cut:])

@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from loopback import Answer, JudgeServer
 
+from grape.schemas import schema
+
 GRAPE = Path(sys.executable).parent / "grape"
 
 
@@ -167,7 +169,8 @@ def test_checkers_are_listed_and_explained(tmp_path):
 
 def test_schema_prints_json_schema(tmp_path):
     for kind in ("rubric", "judge", "run", "sft", "reward-model", "dpo"):
-        assert json.loads(grape("schema", kind, cwd=tmp_path).stdout)["title"] == f"grape {kind}"
+        assert schema(kind)["title"] == f"grape {kind}"
+    assert json.loads(grape("schema", "dpo", cwd=tmp_path).stdout) == schema("dpo")
 
 
 def test_help_names_every_command(tmp_path):

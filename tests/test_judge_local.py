@@ -189,7 +189,7 @@ def test_weights_that_give_no_numbers_are_a_typed_failure(judges, tmp_path):
     async def main():
         client = LocalClient(config)
         async with Critic(config, secret=b"\1" * 32, record=[].append) as critic:
-            critic._client = client
+            critic._client = critic._once._client = client
             await critic.reach()
             with torch.no_grad():
                 client._decoder._policy.model.model.norm.weight.fill_(float("nan"))

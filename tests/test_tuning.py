@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from grape.chat import answer_ids, chat_ids, prompt_ids
 from grape.errors import ConfigError
 from grape.item import Item
-from grape.judge.reward_model import RewardModel
+from grape.judge.reward_model import RewardModel, read_classifier
 from grape.policy import load_policy
 from grape.recipes import DpoRun, RewardModelRun, SftRun, load_recipe
 from grape.rollout import Sampling, sample
@@ -161,8 +161,12 @@ def test_the_second_loss_of_dpo_compares_with_the_policy_as_it_began(folder):
 SIDES = ("chosen", "rejected")
 
 
-def test_the_loss_of_a_reward_model_is_that_of_the_values_that_its_items_give(folder):
+@pytest.mark.parametrize("pad", [tiny.PAD, tiny.END, None])
+def test_the_loss_of_a_reward_model_is_that_of_the_values_that_its_items_give(folder, pad):
     """Trained for no step to speak of: what the judge reads from the result is what the loss was made of."""
+    tokenizer = tiny.tiny_tokenizer()
+    tokenizer.pad_token = pad
+    tokenizer.save_pretrained(folder / "policy")
     done = taught(folder, "reward-model", "data.limit=6", optimizer={"lr": 1e-12})
     model = RewardModel(str(folder / done.folder))
     item = Item.model_validate({"id": "rm", "criterion": "Good.", "reward_model": "x", "raw": True})
@@ -203,6 +207,28 @@ def test_how_a_batch_is_cut_into_micro_batches_changes_no_step(start, tmp_path, 
     for other in weights[1:]:
         for name, weight in weights[0].items():
             assert torch.allclose(weight, other[name], atol=2e-5), name
+
+
+def test_the_outcome_is_learned_at_every_token_of_the_response_and_no_other(folder):
+    taught(
+        folder, "reward-model", "data.limit=4", data={"path": "labels.jsonl"}, loss={"kind": "outcome"},
+        optimizer={"lr": 1e-12},
+    )  # fmt: skip
+    model, tokenizer = read_classifier(str(folder / "checkpoints/step-000001"), "here")
+    total, number = 0.0, 0
+    for row in read(folder, "labels")[:4]:
+        question = {"role": "user", "content": row["question"]}
+        begin = len(chat_ids(tokenizer, [question], "here"))
+        answer = {"role": "assistant", "content": row["response"]}
+        ids = chat_ids(tokenizer, [question, answer], "here", complete=True)
+        with torch.no_grad():
+            values_T = model.score(model.model(torch.tensor([ids])).last_hidden_state)[0, :, 0].double()
+        for value in values_T[begin:].tolist():
+            total -= log_sigmoid(value if row["label"] else -value)
+            number += 1
+    (metrics,) = steps(folder).values()
+    assert number == sum(len(row["response"]) + 1 for row in read(folder, "labels")[:4])
+    assert metrics["loss"] == pytest.approx(total / number, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -362,6 +388,22 @@ def test_a_changed_setting_is_named_and_a_finished_run_stays_as_it_is(folder, ca
         again = tune(load_recipe(SftRun, "run.yaml", ["data.limit=8"]), resume=True)
     assert (again.run, again.folder) == (done.run, done.folder)
     assert state(folder) == before
+
+
+def test_a_run_goes_on_as_what_it_was_and_compares_with_its_own_rows(folder):
+    taught(folder, "dpo", "data.limit=8")
+    with chdir(folder):
+        again = {"resume": True, "allow_changes": True}
+        for verb, overrides, said in (
+            ("dpo", ["data.limit=6"], "checkpoints/reference.pt: is of other rows: another checkpoint.dir begins anew"),
+            ("dpo", ["data.limit=8", "policy.lora.r=2"], r"policy.lora: run \S+ trains all weights, and this would"),
+            ("sft", ["data.path=sft.jsonl"], "checkpoints: holds a run of grape dpo, not of sft"),
+        ):
+            with pytest.raises(ConfigError, match=said):
+                tune(load_recipe(RUNS[verb], "run.yaml", overrides), **again)
+        Path("checkpoints/reference.pt").write_bytes(b"nothing")
+        with pytest.raises(ConfigError, match=r"checkpoints/reference.pt: damaged"):
+            tune(load_recipe(DpoRun, "run.yaml", ["data.limit=8"]), **again)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_every_table_view_and_column_has_a_comment_that_fits_a_line(log):
     assert [f"{name}.{column}" for name, column, comment in columns if not comment] == []
     assert {name for name, _, _ in columns} == {
         "dictionary", "failure_siblings", "failures", "human_labels", "improve_effect", "item_credit", "item_health", "judge_calls",
-        "judge_cost", "moved_most", "questions", "response_scores", "responses", "rewards", "runs", "steps",
+        "judge_cost", "moved_most", "preferences", "questions", "revisions", "response_scores", "responses", "rewards", "runs", "steps",
         "training_curve", "verdicts",
             "score_by_length", "judge_gap", "constant_items", "judge_disagreement", "stock_phrases", "null_controls",
     }  # fmt: skip

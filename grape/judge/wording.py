@@ -59,6 +59,7 @@ class Wording:
 
     def pair(self, question: Question, first: Response, second: Response, item: Item) -> tuple[Message, ...]:
         """The question which of two responses is the better one by an item."""
+        _needs(self._pair, ["first", "second", "criterion"], item)
         values = self._values(question, first, item)
         shown = {"first": fence("response_A", first.text, self._secret)}
         shown["second"] = fence("response_B", second.text, self._secret)
