@@ -15,6 +15,7 @@ import pytest
 from pydantic import BaseModel
 from readme import ROOT, SHOWN, blocks, commands, matches, prepare, run, tidy
 
+from grape.cli import VERBS
 from grape.config import (
     CheckpointConfig,
     EvaluateConfig,
@@ -172,3 +173,15 @@ def test_the_page_on_tuning_shows_every_field_with_its_default():
     for kind, parameters in TAKES.items():
         for name in (kind, *parameters):
             assert f"`{name}`" in told or f"`kind: {name}`" in told, name
+
+
+def test_the_page_on_coverage_has_a_row_for_every_item_and_names_what_is_there():
+    rows = re.findall(r"^\| (\d[\d-]*) \| (.+?) \| (.+?) \| (.*?) ?\|$", (ROOT / "docs/coverage.md").read_text(), re.M)
+    numbers = [number for span, *_ in rows for number in range(int(span.split("-")[0]), int(span.split("-")[-1]) + 1)]
+    assert numbers == list(range(1, 157))
+    for number, _, by, tested in rows:
+        files = re.findall(r"`((?:tests|grape|docs|examples|rubrics)/[\w./-]+?)`", by + tested)
+        assert [name for name in files if not (ROOT / name).exists()] == [], number
+        assert tested or by.startswith(("left out", "not yet", "`docs", "`README")), number
+        for verb in re.findall(r"`grape ([a-z-]+)", by):
+            assert verb in {command.name for command in VERBS}, (number, verb)
