@@ -83,16 +83,20 @@ class Heldout:
 
 async def asked(
     config: RunConfig, run: str, step: int, store: Log, collector: Collector, material: Material, *, responses: int,
-    greedy: bool = False, panel: Panel | None = None,
+    greedy: bool = False, panel: Panel | None = None, only: Sequence[str] | None = None, draw: object = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Every question asked so many times, judged and logged; the metrics."""
+    """Every question (or ``only`` these) asked so many times, judged and logged at once; the metrics.
+
+    ``draw`` beside the run's seed decides what is drawn: by default the kind of run.
+    """
     started = datetime.now(UTC)
     wanted = [
-        collector.fresh(plan, f"{question_id}-{step}-{member}")
-        for question_id, plan in material.plans.items()
+        collector.fresh(material.plans[question_id], f"{question_id}-{step}-{member}")
+        for question_id in (material.plans if only is None else only)
         for member in range(responses)
     ]
-    answered = await collector.answers(wanted, config.seed, run.rpartition(".")[2], greedy=greedy, panel=panel)
+    named = run.rpartition(".")[2] if draw is None else draw
+    answered = await collector.answers(wanted, config.seed, named, greedy=greedy, panel=panel)
     settled = settled_groups(answered, config)
     made = make_step(step, 0, started, answered, settled, (), config, material.judges, run)
     (row,) = made.rows["steps"]

@@ -56,7 +56,7 @@ class PairRow(LessonRow):
     "Human:" and "Assistant:"). ``margin``: how much better; ``probability``: that the chosen one is better."""
 
     chosen: Asked
-    rejected: Asked
+    rejected: str | Annotated[list[Turn], Field(min_length=1)]  # nothing said is worse than something
     margin: Number | None = None
     probability: Likely | None = None
 
@@ -215,9 +215,11 @@ def _asked(place: str, row: LessonRow) -> tuple[Message, ...]:
     return turns
 
 
-def _lesson(place: str, row: LessonRow, prompt: tuple[Message, ...], texts: Mapping[str, str]) -> Lesson:
-    """A lesson of these responses, by the names of their fields."""
-    if empty := next((name for name, text in texts.items() if not text.strip()), None):
+def _lesson(
+    place: str, row: LessonRow, prompt: tuple[Message, ...], texts: Mapping[str, str], silent: str = ""
+) -> Lesson:
+    """A lesson of these responses, by the names of their fields; that of the field ``silent`` may be empty."""
+    if empty := next((name for name, text in texts.items() if not text.strip() and name != silent), None):
         raise ConfigError(f"{place}: {empty}: the response has no text")
     if not any(turn["role"] in ASKS and turn["content"].strip() for turn in prompt):
         raise ConfigError(f"{place}: nothing is asked before the response")
@@ -258,7 +260,9 @@ def _of_pair(place: str, row: PairRow) -> Lesson:
         raise ConfigError(f"{place}: chosen and rejected are the same text")
     probability = 1.0 if row.probability is None else row.probability
     pair = Preferred(better=0, worse=1, margin=row.margin or 0.0, probability=probability)
-    return replace(_lesson(place, row, asked, {"chosen": chosen, "rejected": rejected}), pairs=(pair,))
+    texts = {"chosen": chosen, "rejected": rejected}
+    silent = "rejected" if row.question is not None and isinstance(row.rejected, str) else ""
+    return replace(_lesson(place, row, asked, texts, silent), pairs=(pair,))
 
 
 def _dialogue(place: str, name: str, said: str | Sequence[Turn], row: LessonRow) -> tuple[tuple[Message, ...], str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from time import monotonic
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -107,6 +108,19 @@ def tuned_table(steps: Mapping[int, Mapping[str, float]], heldout: Mapping[int, 
         first, last = (part[min(part)], part[max(part)]) if part else ({}, {})
         for name in (name for name in last if not name.startswith(("heldout/", "lr", "epoch", "tokens", "examples"))):
             table.add_row(Text(f"{prefix}{name}"), _number(first.get(name)), _number(last.get(name)))
+    return table
+
+
+def selected_table(rounds: Sequence[Any]) -> Table:
+    """Of each round of `grape best-of`: the rewards of all and of those that were kept, and pass@k."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("round", "questions", "kept", "reward of all", "of kept", "KL at most",
+                 *(f"pass@{k}" for k in rounds[0].pass_at)):  # fmt: skip
+        table.add_column(name, justify="right")
+    for number, one in enumerate(rounds, 1):
+        shares = (_number(share) for share in one.pass_at.values())
+        size = (str(one.questions), str(len(one.rows)))
+        table.add_row(str(number), *size, _number(one.mean), _number(one.kept), _number(one.kl), *shares)
     return table
 
 

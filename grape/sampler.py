@@ -26,14 +26,15 @@ def seeded(*parts: object) -> int:
 
 
 class Sampler:
-    """Samples from the policy as the run's file says. A setting that training cannot use is a `ConfigError`."""
+    """Samples from the policy as the run's file says. A setting that ``training`` cannot use is a `ConfigError`."""
 
-    def __init__(self, policy: Policy, config: RunConfig, accelerator: Any) -> None:
+    def __init__(self, policy: Policy, config: RunConfig, accelerator: Any, *, training: bool = True) -> None:
         self.policy = policy
         self.ranks = Ranks(accelerator)
         self._accelerator = accelerator
         self._config = config.sampling
-        self._sampling = Sampling(**{n: getattr(self._config, n) for n in ("temperature", "top_p", "top_k", "min_p")})
+        drawn = {name: getattr(self._config, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+        self._sampling = Sampling(**drawn, training=training)
         if self._config.engine == "vllm" and self.ranks.count > 1:
             raise ConfigError("sampling.engine: vllm samples in a run of one process only")
         self.served = Served(policy, config) if self._config.engine == "vllm" else None

@@ -12,7 +12,7 @@ import grape
 PACKAGE = Path(grape.__file__).parent
 # A module may import those of the lines above its own, and its siblings in the same folder.
 LAYERS = [
-    {"errors", "types", "reward", "phrases", "agreement"},
+    {"errors", "types", "reward", "phrases", "agreement", "selection"},
     {"resources", "scale", "sandbox"},
     {"config", "chat", "kl"},
     {"adapters", "linear_head", "loss", "recipes"},
@@ -37,6 +37,7 @@ LAYERS = [
     {"groups", "material", "checkpoint", "teacher", "course"},
     {"heldout", "learner"},
     {"training", "tuning"},
+    {"best_of"},
     {"cases", "tour"},
     {"cli"},
 ]
@@ -44,7 +45,7 @@ LAYERS = [
 TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "objective", "preference"}
 TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
-TENSOR |= {"classifier", "examples", "tasks", "teacher", "course", "tuning"}
+TENSOR |= {"best_of", "classifier", "examples", "tasks", "teacher", "course", "tuning"}
 TENSOR |= {"descent", "engine", "served", "ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 

@@ -63,6 +63,13 @@ def pair(chosen, rejected, **fields):
 # What rows teach ---------------------------------------------------------------------------------------------------
 
 
+def test_a_rejected_response_may_be_empty_and_a_chosen_one_may_not():
+    (lesson,) = taught([{**PAIR, "rejected": ""}])
+    assert lesson.responses == ("a", "")
+    with pytest.raises(ConfigError, match=r"chosen"):
+        taught([{**PAIR, "chosen": ""}])
+
+
 def test_a_question_with_its_response_and_the_messages_of_a_chat_teach_alike():
     asked, chat = taught([{"question": "q", "response": "a"}, {"messages": [user("q"), assistant("a")]}], "chats")
     assert (asked.prompt, asked.responses) == (chat.prompt, chat.responses) == (ASKED, ("a",))
@@ -503,7 +510,7 @@ def test_whatever_a_row_says_it_teaches_something_whole_or_is_one_line(case, tur
         return
     assert lessons
     for lesson in lessons:
-        assert all(text.strip() for text in lesson.responses)
+        assert all(text.strip() or text == row.get("rejected") for text in lesson.responses)
         assert lesson.prompt[-1]["role"] != "assistant"
         assert any(turn["role"] in ("user", "tool") and turn["content"].strip() for turn in lesson.prompt)
         assert len(set(lesson.responses)) == len(lesson.responses) == {"rankings": len(lesson.responses), "pairs": 2}.get(kind, 1)  # fmt: skip

@@ -24,6 +24,7 @@ VERBS = (
     tuning.sft,
     tuning.reward_model,
     tuning.dpo,
+    tuning.best_of,
     scores.calibrate,
     scores.sql,
     data.pairs,
