@@ -193,13 +193,13 @@ def _claim(
     config: Recipe, store: Log, checkpoints: Checkpoints, name: str, course: Course, saved: Saved | None
 ) -> None:
     """From here on the checkpoints' folder and the log hold the run: all that could be wrong has been looked at."""
-    known = store.query("select kind from runs where run = ?", [name])
-    if known and known[0][0] != VERBS[type(config)]:
-        raise ConfigError(f"{checkpoints.folder}: holds a run of grape {known[0][0]}, not of {VERBS[type(config)]}")
-    if saved and config.policy.lora is None and (saved.folder / "adapter_config.json").is_file():
-        raise ConfigError(f"policy.lora: run {name} trains adapters, and this would train all weights")
-    if saved and config.policy.lora and not (saved.folder / "adapter_config.json").is_file():
-        raise ConfigError(f"policy.lora: run {name} trains all weights, and this would train adapters")
+    known = store.query("select kind, config from runs where run = ?", [name])
+    for kind, text in known:
+        if kind != VERBS[type(config)]:
+            raise ConfigError(f"{checkpoints.folder}: holds a run of grape {kind}, not of {VERBS[type(config)]}")
+        if (json.loads(text)["policy"]["lora"] is None) != (config.policy.lora is None):
+            how = "without fresh adapters" if config.policy.lora else "with fresh adapters"
+            raise ConfigError(f"policy.lora: run {name} began {how}, and goes on so")
     if saved and not known:
         raise ConfigError(
             f"{config.log}: has nothing of run {name}, which {checkpoints.folder} holds: a run is "

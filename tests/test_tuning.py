@@ -396,7 +396,7 @@ def test_a_run_goes_on_as_what_it_was_and_compares_with_its_own_rows(folder):
         again = {"resume": True, "allow_changes": True}
         for verb, overrides, said in (
             ("dpo", ["data.limit=6"], "checkpoints/reference.pt: is of other rows: another checkpoint.dir begins anew"),
-            ("dpo", ["data.limit=8", "policy.lora.r=2"], r"policy.lora: run \S+ trains all weights, and this would"),
+            ("dpo", ["data.limit=8", "policy.lora.r=2"], r"policy.lora: run \S+ began without fresh adapters, and"),
             ("sft", ["data.path=sft.jsonl"], "checkpoints: holds a run of grape dpo, not of sft"),
         ):
             with pytest.raises(ConfigError, match=said):
