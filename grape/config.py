@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from grape import resources
-from grape.errors import ConfigError, invalid
+from grape.errors import invalid
+from grape.sections import Count, Names, NonNegative, Number, Positive, Rate, Whole, fields_at, read_sections
 from grape.types import Strict, Unit
 
 ROLLOUT_CAP = 2.0  # where the sampler is not the trainer and nobody chose
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Rate = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0, lt=2**63)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Number = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
-
-
-def _many(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-Names = Annotated[list[str], BeforeValidator(_many)]
 
 
 class Lora(Strict):
@@ -296,29 +282,7 @@ class RunConfig(Strict):
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The run of a file, with ``section.field=value`` overrides (values are YAML)."""
-    return parse_run(*read_run(path, overrides))
-
-
-def read_run(path: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], str]:
-    """The sections of a run's file with the overrides, and what to call them in messages."""
-    path = Path(path)
-    data = resources.read_yaml(path, resources.read_text(path))
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a run is a mapping of sections, not {type(data).__name__}")
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not (name and equals):
-            raise ConfigError(f"{override!r} is not FIELD=VALUE, such as loss.clip_high=0.28")
-        *sections, field = name.split(".")
-        place: Any = data
-        for section in sections:
-            if place.get(section) is None:
-                place[section] = {}
-            place = place[section]
-            if not isinstance(place, dict):
-                raise ConfigError(f"{override!r}: {section} has no fields")
-        place[field] = resources.read_yaml(Path(f"{override!r}"), text)
-    return data, " with ".join([str(path), *([", ".join(overrides)] if overrides else [])])
+    return parse_run(*read_sections(path, overrides))
 
 
 def parse_run(data: Any, source: str) -> RunConfig:
@@ -327,19 +291,3 @@ def parse_run(data: Any, source: str) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise invalid(source, error, fields_at(error, RunConfig)) from error
-
-
-def fields_at(error: ValidationError, model: type[BaseModel]) -> list[str]:
-    """The fields of a run, a ``model``, that are known where the first fault stands."""
-    for part in error.errors(include_url=False)[0]["loc"][:-1]:
-        info = model.model_fields.get(str(part))
-        inner = _models(info.annotation) if info else []
-        if not inner:
-            return []
-        model = inner[0]
-    return sorted(model.model_fields)
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    kinds = [annotation, *get_args(annotation)]
-    return [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]

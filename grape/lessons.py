@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
 
-from grape.config import Number
 from grape.errors import ConfigError, invalid, known, one_line
 from grape.questions import read_source, renamed, tell
 from grape.recipes import ChatDataConfig, DataConfig
 from grape.resources import digest
 from grape.rows import given
+from grape.sections import Number
 from grape.types import Message, Strict, Turn
 
 Kind = Literal["chats", "pairs", "rankings", "labels"]

@@ -8,19 +8,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from grape.config import (
-    CheckpointConfig,
-    Count,
-    Names,
-    NonNegative,
-    OptimizerConfig,
-    PolicyConfig,
-    Positive,
-    Whole,
-    fields_at,
-    read_run,
-)
+from grape.config import CheckpointConfig, OptimizerConfig, PolicyConfig
 from grape.errors import invalid
+from grape.sections import Count, Names, NonNegative, Positive, Whole, fields_at, read_sections
 from grape.types import Strict
 
 Place = Annotated[str, Field(min_length=1)]
@@ -171,7 +161,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 
 def load_recipe(kind: type[AnyRecipe], path: str | Path, overrides: Sequence[str] = ()) -> AnyRecipe:
     """The run of a file, with ``section.field=value`` overrides (values are YAML); `ConfigError` of one line."""
-    data, source = read_run(path, overrides)
+    data, source = read_sections(path, overrides)
     return parse_recipe(kind, data, source)
 
 

@@ -14,6 +14,7 @@ PACKAGE = Path(grape.__file__).parent
 LAYERS = [
     {"errors", "types", "reward", "phrases", "agreement", "selection"},
     {"resources", "scale", "sandbox"},
+    {"sections"},
     {"config", "chat", "kl"},
     {"adapters", "linear_head", "loss", "recipes"},
     {"policy", "value", "attention", "preference"},
