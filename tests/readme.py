@@ -53,7 +53,8 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """One command by bash, with this interpreter's environment first on the path."""
     scripts = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{scripts}:{os.environ['PATH']}", "NO_COLOR": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    env.pop("GRAPE_HOME", None)
+    for name in ("GRAPE_HOME", "COLUMNS", "LINES"):  # a terminal is as wide as it is where there is none
+        env.pop(name, None)
     return subprocess.run(["bash", "-c", command], cwd=folder, env=env, capture_output=True, text=True, timeout=240)
 
 

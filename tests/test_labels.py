@@ -233,7 +233,9 @@ def command(folder, *arguments, **more):
     environment = {**os.environ, "COLUMNS": "80", "LINES": "24"}
     return subprocess.Popen(
         [GRAPE, "label", "--log", "log.duckdb", "--labeler", "ann", *arguments], cwd=folder, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        **more,
     )  # fmt: skip
 
 
