@@ -213,6 +213,7 @@ PROGRAMS = [
         (["--sandbox", "http://127.0.0.1:9/"], ["sandbox", "sandbox"]),
     ],
 )
+@pytest.mark.slow
 def test_programs_run_where_the_flags_say(tmp_path, flags, outcomes):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, PROGRAMS)))
     (tmp_path / "r.yaml").write_text("rubric: coding\nitems: [{id: tests, check: code}]\n")

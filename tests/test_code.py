@@ -87,6 +87,7 @@ def forge(source: str, task: Mapping[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", FORGERIES)
+@pytest.mark.slow
 def test_a_forgery_scores_0(sandbox: Sandbox, name: str):
     for number in SAMPLE:
         found = verdict(task_question(TASKS[number]), forge(FORGERIES[name], TASKS[number]), sandbox)

@@ -150,6 +150,7 @@ def test_preferences_are_written_with_their_texts_the_newest_of_each(tmp_path):
     assert out_of(tmp_path, "preference", judge="j") == out_of(tmp_path, "preference", item="kind") == found[2:]
 
 
+@pytest.mark.slow
 def test_what_judges_were_asked_and_replied_is_written_where_the_verdict_is_ok(scored):
     found = out_of(scored, "judge")
     assert [(row["response_id"], row["item"], row["score"], row["purpose"]) for row in found] == [

@@ -224,6 +224,7 @@ def test_a_megabyte_gets_a_score_from_the_loose_form_too(name):
 
 @settings(deadline=None)
 @given(st.text(st.characters(codec=None) | st.sampled_from("*-[]<>\"'.!?#`{}\n\t ,"), max_size=60))
+@pytest.mark.slow
 def test_no_text_makes_a_kind_raise_and_the_loose_form_accepts_all_that_the_strict_does(text):
     for kind, arguments in ARGUMENTS.items():
         assert score(kind, arguments, text) <= score(kind, arguments, text, "loose")

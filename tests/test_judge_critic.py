@@ -134,6 +134,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("fault", "outcome"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.slow
 def test_every_fault_is_a_typed_outcome_without_a_score(fault, outcome):
     rows = []
     got, server = one(always(fault), rows=rows, timeout=0.3 if fault.hang else 20)

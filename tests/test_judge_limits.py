@@ -410,6 +410,7 @@ FAULTY = [
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
+@pytest.mark.slow
 def test_whatever_two_servers_do_every_call_ends_typed_and_the_line_is_empty(share, monkeypatch):
     monkeypatch.setattr(limits, "FIRST_REST", 0.02)
     monkeypatch.setattr(line, "LEAST_PATIENCE", 0.3)

@@ -157,6 +157,7 @@ def test_a_calibration_is_applied_with_no_call_and_the_stated_value_is_kept(proj
 
 
 @pytest.mark.parametrize(("aggregate", "score"), [("mean", 0.5), ("median", 0.4), ("majority", 0.2)])
+@pytest.mark.slow
 def test_a_jury_combines_its_judges_and_their_agreement_is_its_confidence(tmp_path, aggregate, score):
     servers = [JudgeServer(lambda body, number, value=value: verdict(value, 0.9)) for value in (0.2, 0.4, 0.9)]
     for number, server in enumerate(servers):

@@ -239,6 +239,7 @@ def command(folder, *arguments, **more):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_labels_may_come_through_a_pipe(folder):
     out, error = command(folder, stdin=subprocess.PIPE).communicate(b"y fine \xff\nwhat\nn\n", timeout=60)
     assert out.decode().endswith("\n2 labels by ann; 3 left\nnext: grape calibrate --log log.duckdb\n")

@@ -169,6 +169,7 @@ def test_what_is_no_text_is_json_in_a_text_column(path):
         ({"runs": [{"config": {"a": object()}}]}, "runs: Type is not JSON serializable: object"),
     ],
 )
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_whole_with_one_line(path, record, message):
     with Log(path) as log:
         with pytest.raises(LogError) as caught:
@@ -365,6 +366,7 @@ def test_what_a_killed_writer_had_appended_is_stored_at_the_next_opening(path):
 
 
 @pytest.mark.parametrize("cut", [1, 2, 13, 56])
+@pytest.mark.slow
 def test_a_record_that_the_kill_cut_short_is_left_out_whole(path, cut):
     (segment,) = left_behind(path, {"steps": [{"run": "a"}]}, {"steps": [{"run": "b"}, {"run": "c"}], "runs": [{}]})
     segment.write_bytes(segment.read_bytes()[:-cut])
@@ -411,6 +413,7 @@ WRITER = """
 """
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_lose_and_double_nothing(path):
     rng, said, start = random.Random(1), set(), 0
     for _ in range(4):

@@ -32,6 +32,7 @@ SQL = {
 }
 
 
+@pytest.mark.slow
 def test_metrics_are_what_the_log_says(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAPE_HOME", str(tmp_path))
 

@@ -186,6 +186,7 @@ def test_what_a_judge_cannot_tell_makes_no_pair_and_is_counted(judged, tmp_path)
     assert found == {"leaning": (0.65, False), "clear": (1.0, True)}
 
 
+@pytest.mark.slow
 def test_a_judge_is_asked_once_about_a_pair_whatever_is_run_again(judged, tmp_path):
     behave = lambda body, number: verdict("A" if kinder(body) else "B", 0.9)  # noqa: E731
     first, bodies = judged(behave, {"a": KIND})

@@ -129,6 +129,7 @@ ATTACKS = [
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.slow
 def test_a_query_cannot_leave_the_log_or_change_anything(attack, log, tmp_path):
     there, secret, other = tmp_path / "there", tmp_path / "secret", tmp_path / "other.duckdb"
     secret.write_text("a,b\nhidden,1\n")

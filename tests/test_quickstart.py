@@ -73,6 +73,7 @@ def test_the_checkers_read_the_one_word_that_is_no_talk(text, correct, letters):
     assert REGISTRY["letters_right"].function(question, response, reference="kamot").score == letters
 
 
+@pytest.mark.slow
 def test_the_judge_is_right_and_unsure_where_its_labels_were_noisy(tmp_path):
     rng = random.Random(7)
     texts = sorted({MADE["utterance"](rng) for _ in range(60)})

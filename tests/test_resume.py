@@ -315,6 +315,7 @@ def test_questions_that_are_gone_since_a_step_was_judged_are_no_hindrance_where_
 
 
 @pytest.mark.parametrize("name", ["run.json", "step-000001/state.json", "step-000001/optimizer.pt"])
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_one_line(tmp_path, name):
     path = apprentice(tmp_path, **{**SMALL, "steps": 1})
     asyncio.run(grape.train(path))

@@ -148,6 +148,7 @@ while True: time.sleep(1)
 
 
 @pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.slow
 def test_a_program_that_does_not_end_is_ended(sandbox: Sandbox, name: str):
     assert sandbox.run(ENDLESS[name], timeout=0.3).how.startswith("timeout: it took more than 0.3 s")
     assert_unharmed(sandbox)
@@ -217,6 +218,7 @@ if libc.shmget(0, 1 << 20, 0o1600) < 0: raise OSError(os.strerror(ctypes.get_err
 
 
 @pytest.mark.parametrize("name", MEMORY)
+@pytest.mark.slow
 def test_a_memory_bomb_is_contained(sandbox: Sandbox, name: str):
     source, how = MEMORY[name]
     assert how in sandbox.run(source, timeout=20).how

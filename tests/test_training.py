@@ -153,6 +153,7 @@ def test_a_given_answer_is_a_member_of_its_group(tmp_path):
     ("truncation", "reward"),
     [({"how": "mask"}, None), ({"how": "penalty", "penalty": -0.5}, -0.5), ({"how": "soft", "buffer": 4}, 0.0)],
 )
+@pytest.mark.slow
 def test_a_response_that_was_cut_is_not_judged(tmp_path, truncation, reward):
     train(apprentice(tmp_path, truncation=truncation, steps=1))
     log = tmp_path / "log.duckdb"

@@ -284,6 +284,7 @@ def test_a_reward_model_tells_held_out_pairs_apart_with_an_interval(folder):
 
 
 @pytest.mark.parametrize("kind", ["dpo", *map(later, KINDS[1:])])
+@pytest.mark.slow
 def test_every_kind_of_alignment_parts_held_out_pairs(folder, kind):
     options = {"lr": 1e-3, "epochs": 4, "batch": 8}
     loss = {
