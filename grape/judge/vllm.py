@@ -21,7 +21,8 @@ class Vllm:
         from grape.policy import folder_of
 
         own = judge.sampling.params()
-        self._own = {**own, **own.pop("extra_body", {})}
+        extra = own.pop("extra_body", {})
+        self._own = {**own, **extra}
         folder = folder_of(model, where=where)
         self._engine = Engine(folder, dtype=judge.dtype, where=where, likeliest=LIKELIEST, options=judge.engine)
         self._engine.check(self._own, f"{where}: sampling")
