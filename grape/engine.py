@@ -64,10 +64,11 @@ class Engine:
     def check(self, settings: Mapping[str, Any], where: str) -> None:
         """`ConfigError` of one line where vLLM's `SamplingParams` cannot be these."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMValidationError
 
         try:
             SamplingParams(**settings)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, VLLMValidationError) as error:
             raise ConfigError(f"{where}: not for vllm: {one_line(error)}") from error
 
     def sample(
