@@ -74,7 +74,7 @@ class Collector:
     def fresh(self, plan: Plan, response_id: str) -> Asked:
         """A response to the question alone, under the category's own system prompt."""
         system, hash_ = self.system(plan)
-        ids = tuple(prompt_ids(self._policy.tokenizer, plan.question, system))
+        ids = self.prompt(plan.question, system)
         return Asked(
             plan=plan, response_id=response_id, route="fresh", prompt_ids=ids, trained_ids=ids, prompt_hash=hash_
         )
@@ -85,7 +85,7 @@ class Collector:
 
     def improved(self, asked: Asked, question: Question, system: str | None, parent: str, control: str) -> Asked | None:
         """A fresh one turned into one that improves ``parent``; None where its prompt leaves no room to answer."""
-        ids = tuple(prompt_ids(self._policy.tokenizer, question, system))
+        ids = self.prompt(question, system)
         if not self.fits(ids):
             return None
         trained = asked.trained_ids if self._config.improve.context == "canonical" else ids
@@ -94,6 +94,20 @@ class Collector:
             asked, route="improve", prompt_ids=ids, trained_ids=trained, prompt_hash=hash_, parent=parent,
             control=control,
         )  # fmt: skip
+
+    def prompt(self, question: Question, system: str | None = None) -> tuple[int, ...]:
+        """What a response to a question is drawn from."""
+        return tuple(prompt_ids(self._policy.tokenizer, question, system))
+
+    async def drawn(self, prompts: Sequence[tuple[int, ...]], *seed: object) -> list[Rollout]:
+        """One response to each prompt, judged by nobody; ``seed`` decides the draws."""
+        ended: dict[int, Rollout] = {}
+
+        def on_response(rollout: Rollout) -> None:
+            ended[rollout.group] = rollout
+
+        await self.run(self._sampler.draw, prompts, [1] * len(prompts), seed, False, on_response)
+        return [ended[place] for place in range(len(prompts))]
 
     def system(self, plan: Plan) -> tuple[str | None, str | None]:
         """The system prompt of the question's category, and its hash."""

@@ -82,9 +82,17 @@ class Calibrate(Strict):
     std: Annotated[float, Field(gt=0)]
 
 
+class Principle(Strict):
+    """What makes an item a principle of a constitution: how to ask for a critique of a response by it, and for a
+    response without the faults that the critique found (Bai et al. 2022, arXiv 2212.08073, section 3)."""
+
+    critique: Annotated[str, Field(min_length=1)]
+    revision: Annotated[str, Field(min_length=1)]
+
+
 LEAF_ONLY = (
     "with", "reference", "critique", "scale", "polarity", "gate", "on_failure", "share_in_improve", "confidence",
-    "calibrate", "raw",
+    "calibrate", "raw", "principle",
 )  # fmt: skip
 ONLY_WITH = {
     "judge": ("reference", "critique", "scale"),
@@ -117,6 +125,7 @@ class Item(Extensible):
     gate: Gate | None = None
     on_failure: Literal["impute", "drop", "worst"] = "impute"
     share_in_improve: bool | None = None
+    principle: Principle | None = None
     applies_when: AppliesWhen | None = None
     tags: list[str] = []
 
@@ -241,7 +250,9 @@ def keys_at(error: ValidationError, root: type[BaseModel], **nested: type[BaseMo
     """The keys that are known at the place of an error's unknown key, in a file of ``root``."""
     faults = error.errors(include_url=False)
     fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
-    inside = dict[str, type[BaseModel]](items=Item, gate=Gate, calibrate=Calibrate, question=Turn, **nested)
+    inside = dict[str, type[BaseModel]](
+        items=Item, gate=Gate, calibrate=Calibrate, principle=Principle, question=Turn, **nested
+    )
     groups = [part for part in fault["loc"][:-1] if part in inside]
     model = inside[str(groups[-1])] if groups else root
     return sorted(field.alias or name for name, field in model.model_fields.items() if name != "extensions")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import version
@@ -96,9 +96,12 @@ class Material:
 
 def read_material(
     config: RunConfig, questions: QuestionsConfig | None = None, *, rubrics: str | None = None,
-    judges: Mapping[str, str] | None = None,
+    judges: Mapping[str, str] | None = None, also: Collection[str] = (),
 ) -> Material:  # fmt: skip
-    """Everything that the run's file names, read and checked; other questions, rubrics and judges where given."""
+    """Everything that the run's file names, read and checked; other questions, rubrics and judges where given.
+
+    ``also`` are judges that are asked by other than rubrics.
+    """
     for file in config.checkers:
         load_checkers(file)
     files = config.judges if judges is None else judges
@@ -110,7 +113,7 @@ def read_material(
         questions=asked,
         plans=plans,
         rubrics={plan.rubric.category: plan.rubric for plan in plans.values()},
-        judges=load_judges(plans.values(), files, spare=questions is not None and judges is None),
+        judges=load_judges(plans.values(), files, spare=questions is not None and judges is None, also=also),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import math
@@ -13,15 +12,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from grape.crew import Progress, all_done
 from grape.errors import ConfigError
 from grape.extremes import BY, Pair, best_and_worst, read_groups
 from grape.item import Item
-from grape.judge.critic import Critic
-from grape.judge.jury import Jury
-from grape.judge.pair import Comparison, compare
+from grape.judge.pair import compare
 from grape.log import Log
 from grape.output import ASKED, NUMBER, TEXT, TRUTH, check_target, write_rows
-from grape.panel import Panel, Progress
+from grape.panel import Panel
 from grape.plan import Plan
 from grape.records import Record
 from grape.rubric import Rubric, parse_rubric
@@ -127,11 +125,11 @@ def _run(log: Reader, run: str | None, by: str) -> str:
 
 def _rubric(log: Reader, run: str, judge: str, criterion: str) -> Rubric:
     """The one item that the judge compares by: of the run, by its id or its text, or else named after the text."""
-    rows = log.query("select distinct item, criterion from verdicts where run = ? and criterion <> ''", [run])
-    text = dict(rows).get(criterion, criterion)
-    name = next((item for item, own in sorted(rows) if own == text), None)
+    rows = log.query("select distinct item, criterion, polarity from verdicts where run = ? and criterion <> ''", [run])
+    text = {item: own for item, own, _ in rows}.get(criterion, criterion)
+    name, polarity = next(((item, way) for item, own, way in sorted(rows) if own == text), (None, "desirable"))
     name = name or f"criterion-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"
-    data = {"rubric": "pairs", "items": [{"id": name, "criterion": text, "judge": judge}]}
+    data = {"rubric": "pairs", "items": [{"id": name, "criterion": text, "judge": judge, "polarity": polarity}]}
     return parse_rubric(data, "--criterion", judges=[judge])
 
 
@@ -154,8 +152,13 @@ async def _judged(
         panel = await stack.enter_async_context(Panel(critics))
         panel.check([plan])
         await panel.reach()
-        comparisons = await _compare_all(critics[item.judge], found, texts, item, progress)
+        asked = [_asked(pair, texts[pair.question_id]["question"], item) for pair in found]
+        judge = critics[item.judge]
+        done = await all_done(
+            asked, lambda one: compare(judge, *one), judge.width, stop=panel.refused, progress=progress
+        )
         panel.see_budgets()
+        comparisons = [one for one in done if one is not None]
     counts = {"failed": 0, "undecided": 0, "inconsistent": 0}
     kept = []
     for pair, comparison in zip(found, comparisons, strict=True):
@@ -171,34 +174,15 @@ async def _judged(
     return kept, counts
 
 
-async def _compare_all(
-    judge: Critic | Jury, found: Sequence[Pair], texts: Mapping[str, Any], item: Item, progress: Progress | None
-) -> list[Comparison]:
-    """Every pair compared, as many at a time as keep the judge busy."""
-    results: dict[int, Comparison] = {}
-    places = iter(range(len(found)))
-
-    async def worker() -> None:
-        for place in places:
-            pair, asked = found[place], texts[found[place].question_id]["question"]
-            text: str | tuple[Message, ...] = asked if isinstance(asked, str) else tuple(asked)
-            question = Question(question_id=pair.question_id, category=pair.category, text=text)
-            first, second = (
-                Response(response_id=one.response_id, question_id=pair.question_id, text=one.text)
-                for one in (pair.chosen, pair.rejected)
-            )
-            results[place] = await compare(judge, question, first, second, item)
-            if progress:
-                progress(len(results), len(found))
-
-    tasks = [asyncio.create_task(worker()) for _ in range(min(judge.width, len(found)))]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    return [results[place] for place in range(len(found))]
+def _asked(pair: Pair, text: Any, item: Item) -> tuple[Question, Response, Response, Item]:
+    """What a judge is asked about a pair."""
+    text = text if isinstance(text, str) else tuple(text)
+    question = Question(question_id=pair.question_id, category=pair.category, text=text)
+    first, second = (
+        Response(response_id=one.response_id, question_id=pair.question_id, text=one.text)
+        for one in (pair.chosen, pair.rejected)
+    )
+    return question, first, second, item
 
 
 def _row(pair: Pair, question: str | list[Message]) -> Record:

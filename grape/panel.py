@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from time import perf_counter
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from grape.batch import Judged, fails_gate
 from grape.checkers import check_response, registry
+from grape.crew import Progress, all_done
 from grape.errors import GrapeError
 from grape.item import Item
 from grape.judge.critic import Critic
@@ -23,8 +24,6 @@ from grape.types import Outcome, Question, Response, Verdict
 
 if TYPE_CHECKING:
     from grape.sandbox import Sandbox
-
-Progress = Callable[[int, int], None]  # responses done, responses in all
 
 
 class Panel:
@@ -102,36 +101,19 @@ class Panel:
 
     async def judge_all(self, work: Sequence[tuple[Plan, Response]], progress: Progress | None = None) -> list[Judged]:
         """Every response judged, in the order given, with `width` of them in hand at a time."""
-        results: dict[int, Judged] = {}
-        places = iter(range(len(work)))
-
-        async def worker() -> None:
-            for place in places:
-                if self._refused():
-                    break
-                results[place] = await self.judge(*work[place])
-                if progress:
-                    progress(len(results), len(work))
-
-        tasks = [asyncio.create_task(worker()) for _ in range(min(self.width, len(work)))]
-        try:
-            await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+        done = await all_done(work, lambda one: self.judge(*one), self.width, stop=self.refused, progress=progress)
         self.see_budgets()
-        return [results[place] for place in range(len(work))]
+        return [one for one in done if one is not None]
 
     def see_budgets(self) -> None:
         """`GrapeError` of one line where a judge was not asked because its budget is spent: a batch is then not whole.
 
         What was answered is in the log, so that a run that is resumed asks only for what is missing.
         """
-        for critic in self._refused():
+        for critic in self.refused():
             raise GrapeError(critic.meter.advice)
 
-    def _refused(self) -> list[Critic]:
+    def refused(self) -> list[Critic]:
         """The judges that were not asked because their budgets are spent."""
         return [critic for critic in self._critics.values() if isinstance(critic, Critic) and critic.meter.refused]
 

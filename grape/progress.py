@@ -84,6 +84,19 @@ def heldout_table(results: Mapping[int, Mapping[str, float]]) -> Table:
     return table
 
 
+def phases_table(results: Mapping[int, Mapping[str, float]]) -> Table:
+    """Held-out results of `grape constitution`: before any phase, after the supervised one, and at the end."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("held out")
+    for phase in results:
+        table.add_column(("before", "supervised", "feedback")[phase], justify="right")
+    shown = {name for one in results.values() for name in one}
+    for name in sorted(name for name in shown if name.startswith("score/") or name.endswith("weighted/mean")):
+        label = LABELS.get(name, name.removeprefix("score/"))
+        table.add_row(Text(label), *(_number(one.get(name)) for one in results.values()))
+    return table
+
+
 def training_table(steps: Mapping[int, Mapping[str, float]]) -> Table:
     """The first and the last of these steps: scores, and what tells whether the policy is well."""
     begin, end = min(steps), max(steps)

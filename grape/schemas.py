@@ -8,12 +8,14 @@ from pydantic import BaseModel
 
 from grape.config import RunConfig
 from grape.judge.config import Judge
+from grape.phases import ConstitutionRun
 from grape.recipes import DpoRun, RewardModelRun, SftRun
 from grape.rubric import Rubric
 
-Kind = Literal["rubric", "judge", "run", "sft", "reward-model", "dpo"]
+Kind = Literal["rubric", "judge", "run", "sft", "reward-model", "dpo", "constitution"]
 MODELS: dict[str, type[BaseModel]] = {
     "rubric": Rubric, "judge": Judge, "run": RunConfig, "sft": SftRun, "reward-model": RewardModelRun, "dpo": DpoRun,
+    "constitution": ConstitutionRun,
 }  # fmt: skip
 
 

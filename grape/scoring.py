@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 from grape.batch import settle
 from grape.checkers import load_checkers
 from grape.controls import control_run, line, opening, settle_controls, with_controls
+from grape.crew import Progress
 from grape.errors import ConfigError, known
 from grape.judge.config import Judge, load_judge
 from grape.judge.critic import Critic
 from grape.judge.jury import Jury
 from grape.judge.memory import Memory
 from grape.log import Log
-from grape.panel import Panel, Progress
+from grape.panel import Panel
 from grape.plan import Plan, plan_rows
 from grape.records import (
     Record,
@@ -145,22 +146,25 @@ def _say_left_out(plans: Mapping[str, Plan]) -> None:
 
 
 def load_judges(
-    plans: Collection[Plan], files: Mapping[str, str | Path | Judge], *, spare: bool = False
-) -> dict[str, Judge]:
-    """The judges that the plans ask, and their fallbacks, by the names that rubrics use.
+    plans: Collection[Plan], files: Mapping[str, str | Path | Judge], *, spare: bool = False,
+    also: Collection[str] = (),
+) -> dict[str, Judge]:  # fmt: skip
+    """The judges that the plans ask, ``also`` those that somebody else does, and their fallbacks, by the names that
+    rubrics use.
 
     One of the ``files`` that nobody asks is a `ConfigError`, unless there may be ``spare`` ones.
     """
     wanted = {item.judge: plan for plan in plans for item in plan.applicable if item.judge}
     loaded: dict[str, Judge] = {}
     queue = [(name, f"rubric {plan.rubric.rubric!r}") for name, plan in wanted.items()]
+    queue += [(name, "the run") for name in also]
     while queue:
         name, asker = queue.pop()
         if name in loaded:
             continue
         given = files.get(name, name)
         loaded[name] = given if isinstance(given, Judge) else _load_judge(name, given, asker)
-        queue += [(other, f"judge {name!r}") for other in _asks(loaded[name])]
+        queue += [(other, f"judge {name!r}") for other in asks(loaded[name])]
     asked = {leaf.judge for plan in plans for leaf in plan.leaves if leaf.judge} | set(loaded)
     if (unused := sorted(set(files) - asked)) and not spare:
         raise ConfigError(f"judge {unused[0]!r}: no item asks it; {known(asked, unused[0])}")
@@ -169,13 +173,13 @@ def load_judges(
     return loaded
 
 
-def _asks(judge: Judge) -> list[str]:
+def asks(judge: Judge) -> list[str]:
     """The other judges that a judge asks."""
     return [*(judge.judges or []), *([judge.fallback] if judge.fallback else [])]
 
 
 def _no_circle(loaded: Mapping[str, Judge], chain: list[str]) -> None:
-    for following in _asks(loaded[chain[-1]]):
+    for following in asks(loaded[chain[-1]]):
         if following in chain:
             field = "fallback" if following == loaded[chain[-1]].fallback else "judges"
             raise ConfigError(f"judge {chain[0]!r}: {field}: {' -> '.join([*chain, following])} goes in a circle")

@@ -48,7 +48,7 @@ def test_a_rubric_is_read_with_its_own_keys_kept():
 
 ITEM = "{id: kind, criterion: Is kind., weight: 2, judge: default, x-owner: desk}"
 KEYS = ("applies_when, calibrate, check, confidence, criterion, critique, gate, id, items, judge, on_failure, polarity, "
-        "raw, reference, reward_model, scale, share_in_improve, tags, weight, with")  # fmt: skip
+        "principle, raw, reference, reward_model, scale, share_in_improve, tags, weight, with")  # fmt: skip
 
 
 @pytest.mark.parametrize(

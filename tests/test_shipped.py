@@ -22,8 +22,10 @@ from grape.types import Outcome, Question, Response
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = (ROOT / "docs/rubrics.md").read_text(encoding="utf-8")
 CATEGORIES = ["coding", "harmlessness", "helpfulness", "instructions", "math", "writing"]
+CONSTITUTIONS = {"constitution-harmless": "harmlessness", "constitution-honest": "helpfulness"}  # and their prompts
+SHIPPED = sorted([*CATEGORIES, *CONSTITUTIONS])
 registry()
-RUBRICS = {name: load_rubric(ROOT / f"rubrics/{name}.yaml") for name in CATEGORIES}
+RUBRICS = {name: load_rubric(ROOT / f"rubrics/{name}.yaml") for name in SHIPPED}
 LEAVES = [(name, item) for name, rubric in RUBRICS.items() for item in flatten(rubric.items)]
 JUDGED = [(name, item) for name, item in LEAVES if item.judge]
 
@@ -43,17 +45,18 @@ def question_of(case, category):
     )  # fmt: skip
 
 
-def test_the_six_categories_are_shipped_and_nothing_else():
-    assert sorted(names("rubrics", [ROOT / "rubrics"])) == CATEGORIES
+def test_six_categories_and_two_constitutions_are_shipped_and_nothing_else():
+    assert sorted(names("rubrics", [ROOT / "rubrics"])) == SHIPPED
     assert sorted(names("prompts", [ROOT / "prompts/generate"])) == CATEGORIES
 
 
-@pytest.mark.parametrize("name", CATEGORIES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_rubric_loads_without_a_warning_under_the_name_of_its_file(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rubric = load_rubric(ROOT / f"rubrics/{name}.yaml")
-    assert (rubric.rubric, rubric.category, rubric.generate, rubric.formula) == (name, name, name, "grape")
+    assert (rubric.rubric, rubric.category, rubric.formula) == (name, name, "grape")
+    assert rubric.generate == CONSTITUTIONS.get(name, name)
 
 
 def test_weights_are_whole_numbers_and_groups_say_what_they_are_for():
@@ -208,7 +211,7 @@ def test_of_two_maths_answers_the_right_one_wins_however_it_looks():
     assert bare["reward"] > 0.8 and dressed["reward"] < 0.2
 
 
-@pytest.mark.parametrize("name", CATEGORIES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_a_judge_is_asked_each_item_in_its_own_scale_and_shown_a_reference_only_where_it_may(name, tmp_path):
     secret = "42 is what the reference says"
     items = [item for item in flatten(RUBRICS[name].items) if item.judge]
@@ -285,7 +288,7 @@ def table(rubric):
     return lines
 
 
-@pytest.mark.parametrize("name", CATEGORIES)
+@pytest.mark.parametrize("name", SHIPPED)
 def test_the_documentation_defends_every_item_as_it_is(name):
     section = DOCS.split(f"\n## {name}\n")[1].split("\n## ")[0]
     assert [line for line in section.splitlines() if line.startswith("| `")] == table(RUBRICS[name])

@@ -10,7 +10,7 @@ import warnings
 
 import click
 
-from grape.cli import data, rubrics, scores, training, tuning
+from grape.cli import constitution, data, rubrics, scores, training, tuning
 from grape.cli.options import say
 from grape.errors import GrapeError
 
@@ -21,10 +21,12 @@ VERBS = (
     rubrics.convert,
     scores.score,
     training.train,
+    training.report,
     tuning.sft,
     tuning.reward_model,
     tuning.dpo,
     tuning.best_of,
+    constitution.constitution,
     scores.calibrate,
     scores.sql,
     data.pairs,

@@ -96,6 +96,8 @@ def label(log: Path, **options: Any) -> None:
 @ITEM
 @BY_JUDGE
 @click.option("--labelled", is_flag=True, help="judge: only calls whose verdict is within 0.25 of people's labels.")
+@click.option("--against", type=FILE, metavar="FILE",
+              help="Leave out what overlaps the questions of FILE, which are held out, by 8-grams.")  # fmt: skip
 @click.option("--limit", type=int, metavar="N", help="The first N rows alone.")
 @click.option("--force", is_flag=True, help="Replace FILE where it is there already.")
 def export(what: str, log: Path, out: Path, **options: Any) -> None:
@@ -112,5 +114,6 @@ def export(what: str, log: Path, out: Path, **options: Any) -> None:
     from grape.export import export
 
     done = export(what, log, out, **options)
-    click.echo(f"{out}: {done.count} rows")
+    left = f", {done.overlapping} left out, whose questions overlap {options['against']}" if options["against"] else ""
+    click.echo(f"{out}: {done.count} rows{left}")
     say(f"run {done.run} of {log}")

@@ -1,4 +1,4 @@
-"""Verbs about training: train, quickstart."""
+"""Verbs about training: train, report, quickstart."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import os
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
-from grape.cli.options import FILE, PYTHON, SANDBOX, UNSAFE, make_sandbox, needs_torch
+from grape.cli.options import FILE, LOG, PYTHON, SANDBOX, UNSAFE, make_sandbox, needs_torch
 
 
 @click.command()
@@ -65,6 +66,34 @@ def train(
     if done.folder:
         show(f"policy: {done.folder}", stderr=True)
     show(f'log: {config.log}   ask it: grape sql "from training_curve" --log {config.log}', stderr=True)
+
+
+@click.command()
+@LOG
+@click.option("--run", metavar="RUN", help="A training run of the log. Default: the last one.")
+@click.option("--solved", type=float, default=1.0, show_default=True, metavar="X",
+              help="A held-out response is solved from that sum of weight x score on, for pass@k.")  # fmt: skip
+@click.option("--plot", type=FILE, metavar="FILE", help="Draw score against the KL: a PNG.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout instead of a table.")
+def report(log: Path, run: str | None, solved: float, plot: Path | None, as_json: bool) -> None:
+    """Show what a training run came to: its score and the held-out one against the KL, and pass@k.
+
+    The KL is from the policy that the run began with. Where the held-out score falls while training's rises, the
+    policy pleases its judge alone.
+    """
+    from grape.drift import draw_drift, drift, drift_lines
+    from grape.reliability import needs_matplotlib
+    from grape.report import show
+
+    if plot:
+        needs_matplotlib()
+    found = drift(log, run, solved=solved)
+    if plot:
+        draw_drift(found, plot)
+    if as_json:
+        click.echo(json.dumps(asdict(found)))
+    else:
+        show(*drift_lines(found))
 
 
 @click.command()

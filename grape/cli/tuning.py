@@ -80,10 +80,11 @@ sft = _verb(
 )
 reward_model = _verb(
     "reward-model",
-    f"""Train a reward model on pairs, rankings or labels.
+    f"""Train a reward model on pairs, rankings, labels or labelled steps.
 
-{FILE_HELP % "reward-model"} Rows are {{"question", "chosen", "rejected"}}; {{"question", "responses"}}, best first; or
-{{"question", "response", "label"}}. A rubric's item reads the result: reward_model: FOLDER.
+{FILE_HELP % "reward-model"} Rows are {{"question", "chosen", "rejected"}}; {{"question", "responses"}}, best first;
+{{"question", "response", "label"}}; or {{"question", "steps", "labels"}} (loss.kind=process). A rubric's item reads the
+result, unless it is of steps: reward_model: FOLDER.
 """,
 )
 dpo = _verb(

@@ -1,7 +1,8 @@
 """Constitutions: pairs of a request to criticise a response and one to revise it.
 
-Constitutional AI (arXiv 2212.08073) has no scores. An item of ours asks how well a response stands up to a critique,
-which is desirable by its own wording, whatever the critique asks for; what is to be revised is kept beside it.
+Constitutional AI (arXiv 2212.08073) has no scores. A pair is the `principle` of an item of ours, whose criterion asks
+how well a response stands up to the critique: that is desirable by its own wording, whatever the critique asks for. An
+item without a principle is written as requests that follow from its criterion, and read back as it was.
 """
 
 from __future__ import annotations
@@ -24,25 +25,20 @@ def load(theirs: Data, place: Place, reader: Reader) -> Data:
     if pair is None:
         raise place.fail(f"no critique; it would stand under {' or '.join(first for first, _ in PAIRS)}")
     critic, revision = text(theirs, pair[0], place), text(theirs, pair[1], place)
-    made: Data = {"criterion": critic + STANDS, "weight": 1}
-    for ours, polarity in ((FALLS_SHORT, "desirable"), (SHOWS, "undesirable")):
+    judged: Data = {"weight": 1, "judge": "default", "scale": "unit"}
+    made = {"criterion": critic + STANDS, **judged, "principle": {"critique": critic, "revision": revision}}
+    for ours, polarity in ((FALLS_SHORT, {}), (SHOWS, {"polarity": "undesirable"})):
         said = critic.removeprefix(ours[0])
         if said != critic and revision == ours[1] + said:
-            made["criterion"] = said
-            made |= {"polarity": polarity} if polarity == "undesirable" else {}
-    made |= {"judge": "default", "scale": "unit"}
-    note = {"pair": PAIRS.index(pair)} if pair != PAIRS[0] else {}
-    kept = {pair[1]: revision} if made["criterion"].endswith(STANDS) else {}
-    return {**made, "x-constitution": {**kept, NOTES: note} if note else kept} if kept or note else made
+            made = {"criterion": said, **judged, **polarity}
+    return {**made, "x-constitution": {NOTES: {"pair": PAIRS.index(pair)}}} if pair != PAIRS[0] else made
 
 
 def dump(made: Data, writer: Writer) -> Data:
-    kept = block(made, "x-constitution", writer.place)
-    number = notes(kept).get("pair")
+    number = notes(block(made, "x-constitution", writer.place)).get("pair")
     pair = PAIRS[number] if isinstance(number, int) and 0 <= number < len(PAIRS) else PAIRS[0]
-    critic = made["criterion"].removesuffix(STANDS)
-    if critic != made["criterion"] and pair[1] in kept:
-        return {pair[0]: critic, pair[1]: kept[pair[1]]}
+    if made.get("principle") is not None:
+        return {pair[0]: made["principle"]["critique"], pair[1]: made["principle"]["revision"]}
     ours = SHOWS if made.get("polarity") == "undesirable" else FALLS_SHORT
     return {pair[0]: ours[0] + made["criterion"], pair[1]: ours[1] + made["criterion"]}
 

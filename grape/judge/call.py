@@ -13,7 +13,8 @@ import orjson
 
 from grape.types import Message, Outcome
 
-Purpose = Literal["score", "critique", "repair"]
+Purpose = Literal["score", "critique", "repair", "revision"]
+PROSE: frozenset[Purpose] = frozenset({"critique", "revision"})  # what is answered in words alone
 UNANSWERED = {Outcome.TIMEOUT, Outcome.TRANSPORT, Outcome.BUDGET}
 
 

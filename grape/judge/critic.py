@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from grape.errors import JudgeError
 from grape.item import Item
 from grape.judge.calibration import calibrated
-from grape.judge.call import Call, CallRecord, Purpose, call_key
+from grape.judge.call import PROSE, Call, CallRecord, Purpose, call_key
 from grape.judge.client import Client, open_client
 from grape.judge.config import Judge
 from grape.judge.limits import Meter
 from grape.judge.memory import Memory, StoredOnly
 from grape.judge.once import Once, Read, T
-from grape.judge.reply import Reply, parse_prose, parse_reply, parse_whole, reply_schema, whole_schema
+from grape.judge.reply import Reply, parse_prose, parse_reply, parse_revision, parse_whole, reply_schema, whole_schema
 from grape.judge.spread import combined
 from grape.judge.tokens import score_shares
 from grape.judge.trail import Trail, joined, took, voted
@@ -26,6 +25,9 @@ from grape.types import Message, Outcome, Question, Response, Verdict
 
 if TYPE_CHECKING:
     from grape.judge.jury import Jury
+
+Messages = tuple[Message, ...]
+Mark = Callable[[str, str], str]  # what a text is called, and the text: the text between its marks
 
 # Failures that another model may not share; a dead server or an exhausted budget is not among them.
 MODEL_DEPENDENT = {Outcome.UNPARSABLE, Outcome.REFUSED, Outcome.OUT_OF_RANGE, Outcome.TIMEOUT}
@@ -64,7 +66,7 @@ class Critic:
     async def __aenter__(self) -> Critic:
         return self
 
-    async def __aexit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(self, *_error: object) -> None:
         await self.close()
 
     @property
@@ -167,6 +169,17 @@ class Critic:
         except JudgeError as error:
             return self._given(trail, error)
 
+    async def prose(
+        self, purpose: Purpose, question: Question, response: Response, item: Item, messages: Callable[[Mark], Messages]
+    ) -> str:
+        """A critique of a response by an item, or a revision of it, in words alone; `JudgeError` where there is none.
+
+        ``messages`` are made with what puts this judge's marks around a text.
+        """
+        trail = Trail(question, response, item)
+        call = self._call(purpose, trail, messages(self._wording.mark) if self._client.shown else ())
+        return await self._ask(call, trail, _words(parse_prose if purpose == "critique" else parse_revision))
+
     def _given(self, trail: Trail, reply: Reply | JudgeError) -> Verdict:
         """What the judge gave, as a verdict that is not calibrated."""
         if isinstance(reply, JudgeError):
@@ -186,7 +199,7 @@ class Critic:
         about, shown = (trail.question, trail.response, trail.item), self._client.shown
         if trail.item.critique:
             call = self._call("critique", trail, self._wording.critique(*about) if shown else ())
-            trail.critique = await self._ask(call, trail, _prose)
+            trail.critique = await self._ask(call, trail, _words(parse_prose))
         call = self._call("score", trail, self._asked(trail) if shown else ())
         read = self._reader(trail.item, call.messages)
         try:
@@ -250,7 +263,7 @@ class Critic:
     ) -> Call:
         named = " ".join(one.response_id for one in (trail.response, trail.other) if one)
         subject = () if self._client.shown else (purpose, named, trail.item.id)
-        scored = purpose != "critique"
+        scored = purpose not in PROSE
         schema = schema or reply_schema(trail.item.scale, verbal=self.judge.verbal)
         schema = schema if scored and self.judge.schemed else None
         form, sample, sampling = self.judge.form, trail.sample, self._sampling
@@ -283,6 +296,6 @@ def _said(record: CallRecord) -> str:
     return record.reply
 
 
-def _prose(record: CallRecord) -> str:
-    """A critique: prose, so anything but nothing or a refusal will do."""
-    return parse_prose(_said(record), finish_reason=record.finish_reason)
+def _words(parse: Callable[..., str]) -> Read[str]:
+    """Prose, and no verdict."""
+    return lambda record: parse(_said(record), finish_reason=record.finish_reason)

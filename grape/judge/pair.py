@@ -33,11 +33,17 @@ class Comparison:
     backward: Verdict
 
 
+def worded(criterion: str, *, undesirable: bool) -> str:
+    """What two responses are compared by: of an undesirable criterion that less of it is better."""
+    return f"The response with less of this fault is better: {criterion}" if undesirable else criterion
+
+
 async def compare(
     judge: Critic | Jury, question: Question, first: Response, second: Response, item: Item
 ) -> Comparison:
     """A judge's comparison of two responses to a question by an item's criterion."""
-    asked = item.model_copy(update={"scale": SCALE, "critique": None})
+    criterion = worded(item.criterion, undesirable=item.undesirable)
+    asked = item.model_copy(update={"scale": SCALE, "critique": None, "criterion": criterion})
     forward, backward = await asyncio.gather(
         judge.verdict(question, first, asked, second), judge.verdict(question, second, asked, first)
     )

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError, model_validator
 
 from grape.errors import ConfigError, invalid
-from grape.judge.call import Call, CallRecord, now
+from grape.judge.call import Call, CallRecord, Purpose, now
 from grape.judge.config import Judge
 from grape.judge.prompt import well_formed
 from grape.resources import read_text
@@ -23,7 +22,7 @@ class StoredReply(Strict):
     response_id: str | None = None
     item: str | None = None
     call: str | None = None
-    purpose: Literal["score", "critique", "repair"] = "score"
+    purpose: Purpose = "score"
     sample: int = 0
     reply: str | None
     finish_reason: str | None = None

@@ -21,6 +21,7 @@ from grape.scale import Scale
 from grape.types import Outcome
 
 KEYS = ("reasoning", "score", "confidence")
+MARK = re.compile(r"<<<(?:end )?\w+ [0-9a-f]{32}>>>")
 REFUSALS = {"content_filter", "refusal"}  # finish reasons
 NUMBER = re.compile(r"[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 
@@ -159,15 +160,32 @@ def whole_schema(scales: Mapping[str, Scale], *, verbal: bool) -> dict[str, Any]
 
 def parse_prose(text: str, *, finish_reason: str | None = None) -> str:
     """A critique: the judge's text without its thinking. `JudgeError` for nothing, or a refusal."""
+    prose = _thought(text, "critique", finish_reason)
+    if _refuses(prose):
+        raise JudgeError(Outcome.REFUSED, f"critique: the judge refuses: {one_line(prose, 120)}")
+    return prose
+
+
+def parse_revision(text: str, *, finish_reason: str | None = None) -> str:
+    """A revised response, which may well decline what was asked. `JudgeError` for nothing, one that was cut, and one
+    that repeats the marks around what the judge was shown."""
+    revision = _thought(text, "revision", finish_reason)
+    if finish_reason == "length":
+        raise JudgeError(Outcome.UNPARSABLE, "revision: the reply was cut off")
+    if MARK.search(revision):
+        raise JudgeError(Outcome.UNPARSABLE, "revision: it repeats the marks around what was shown")
+    return revision
+
+
+def _thought(text: str, what: str, finish_reason: str | None) -> str:
+    """What is said after the thinking."""
     if finish_reason in REFUSALS:
-        raise JudgeError(Outcome.REFUSED, f"critique: the server ended the reply with {finish_reason}")
+        raise JudgeError(Outcome.REFUSED, f"{what}: the server ended the reply with {finish_reason}")
     prose = text.strip()
     if prose.startswith("<think>"):
         prose = prose.rpartition("</think>")[2].strip() if "</think>" in prose else ""
     if not prose:
-        raise JudgeError(Outcome.UNPARSABLE, "critique: empty reply")
-    if _refuses(prose):
-        raise JudgeError(Outcome.REFUSED, f"critique: the judge refuses: {one_line(prose, 120)}")
+        raise JudgeError(Outcome.UNPARSABLE, f"{what}: empty reply")
     return prose
 
 

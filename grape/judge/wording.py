@@ -54,15 +54,15 @@ class Wording:
         """The question about one item."""
         values = self._values(question, response, item)
         if critique is not None:
-            values["critique"] = fence("critique", critique, self._secret)
+            values["critique"] = self.mark("critique", critique)
         return self._score.messages(**values)
 
     def pair(self, question: Question, first: Response, second: Response, item: Item) -> tuple[Message, ...]:
         """The question which of two responses is the better one by an item."""
         _needs(self._pair, ["first", "second", "criterion"], item)
         values = self._values(question, first, item)
-        shown = {"first": fence("response_A", first.text, self._secret)}
-        shown["second"] = fence("response_B", second.text, self._secret)
+        shown = {"first": self.mark("response_A", first.text)}
+        shown["second"] = self.mark("response_B", second.text)
         return self._pair.messages(**shown, **{name: values[name] for name in PAIR_FIELDS if name not in shown})
 
     def whole(self, question: Question, response: Response, items: Sequence[Item]) -> tuple[Message, ...]:
@@ -72,6 +72,10 @@ class Wording:
             {"id": item.id, "criterion": neutral(item.criterion), "scale": item.scale.describe()} for item in items
         ]
         return self._whole.messages(**{name: values[name] for name in WHOLE_FIELDS if name != "items"}, items=asked)
+
+    def mark(self, name: str, text: str) -> str:
+        """A text from outside between its marks."""
+        return fence(name, text, self._secret)
 
     def repair(self, said: str, problem: str, scale: str) -> tuple[Message, ...]:
         """The judge's own reply, and what is wrong with it in words of ours alone."""
@@ -83,9 +87,9 @@ class Wording:
         if item.reference and question.reference is None:
             raise ConfigError(f"question {question.question_id!r} has no field 'reference'; item {item.id!r} needs it")
         return {
-            "question": fence("question", question.prompt, self._secret),
-            "response": fence("response", response.text, self._secret),
-            "reference": fence("reference", question.reference or "", self._secret) if item.reference else "",
+            "question": self.mark("question", question.prompt),
+            "response": self.mark("response", response.text),
+            "reference": self.mark("reference", question.reference or "") if item.reference else "",
             "critique": "",
             "criterion": neutral(item.criterion),
             "scale": item.scale.describe(),

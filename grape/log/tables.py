@@ -87,7 +87,7 @@ judge_calls: One answered or failed request to a judge, stored before its reply 
   judge            VARCHAR                the judge's name
   model            VARCHAR                the model that was asked
   endpoint         VARCHAR                the server that was asked
-  purpose          VARCHAR                score, critique or repair
+  purpose          VARCHAR                score, critique, repair or revision
   messages         JSON                   what was sent
   sampling         JSON                   temperature, max_tokens, ...
   reply            VARCHAR                what came back, unchanged

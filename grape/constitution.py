@@ -1,0 +1,300 @@
+"""`grape constitution`: a policy that revises itself by principles, and then learns from what a judge makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from grape.checkpoint import Checkpoints
+from grape.collect import Collector
+from grape.config import CheckpointConfig, PolicyConfig, RunConfig
+from grape.errors import ConfigError, GrapeError
+from grape.feedback import Feedback, spread_of
+from grape.heldout import Heldout
+from grape.judge.critic import Critic
+from grape.judge.jury import Jury
+from grape.lessons import read_lessons
+from grape.log import Log
+from grape.material import Material, identity, make_accelerator, read_material, run_row
+from grape.output import ASKED, MESSAGES, NUMBER, TEXT, write_rows
+from grape.panel import Panel
+from grape.phases import ConstitutionRun, load_phases
+from grape.policy import load_policy
+from grape.principles import FIELDS, check_principles, common_judge, judges_of, principles, write_folded
+from grape.ranks import Ranks
+from grape.recipes import ChatDataConfig, DataConfig, RewardModelRun, SftRun
+from grape.records import Record
+from grape.resources import digest, find, read_text
+from grape.revision import Chain, Revisions, taught
+from grape.rubric import load_rubrics
+from grape.run import hold, new_name
+from grape.sampler import Sampler
+from grape.scoring import make_critics
+from grape.step import StepReport
+from grape.training import Trained, train
+from grape.tuning import Tuned, tune
+
+if TYPE_CHECKING:
+    from grape.sandbox import Sandbox
+
+SAMPLED = 256  # pairs whose values calibrate a preference model
+Told = Callable[[str, StepReport], None]  # the phase, and a step of it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Constituted:
+    """What the phases came to: ``policy`` is the folder (or name) of the last one.
+
+    ``chains`` were begun, and ``revised`` of them at least once; ``preferences`` came of the comparisons. ``heldout``
+    has metrics by phase: 0 before any, 1 after the supervised one, 2 after the RL phase.
+    """
+
+    run: str
+    policy: str
+    chains: int = 0
+    revised: int = 0
+    preferences: int = 0
+    supervised: Tuned | None = None
+    model: Tuned | None = None
+    trained: Trained | None = None
+    heldout: dict[int, dict[str, float]] = field(default_factory=dict)
+
+
+async def constitution(
+    run: ConstitutionRun | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    allow_changes: bool = False,
+    sandbox: Sandbox | None = None,
+    report: Told | None = None,
+) -> Constituted:
+    """Constitutional AI (Bai et al. 2022, arXiv 2212.08073) with the principles of rubrics, as a run's file says.
+
+    The supervised phase has the policy's responses criticised and revised, and teaches it the last revisions. The RL
+    phase is `grape train` on what the same principles reward. ``resume`` goes on wherever it was, and ends with the
+    weights of an uninterrupted run, on a CPU to the bit; what changed since then is an error unless ``allow_changes``.
+
+    Raises `ConfigError`, before any work, for a wrong file, row, rubric or judge.
+    """
+    config = run if isinstance(run, ConstitutionRun) else load_phases(run, overrides)
+    return await Phases(config, resume, allow_changes, sandbox, report).run()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asking:
+    """A policy and its judges, with the log open."""
+
+    store: Log
+    collector: Collector
+    critics: Mapping[str, Critic | Jury]
+    material: Material
+
+
+class Phases:
+    """The phases of a run, one after the other. Each leaves its result in a folder of `checkpoint.dir`."""
+
+    def __init__(
+        self, config: ConstitutionRun, resume: bool, allow_changes: bool, sandbox: Sandbox | None, report: Told | None
+    ) -> None:
+        if Ranks(make_accelerator(config)).count > 1:
+            raise ConfigError("grape constitution samples in one process: start it without torchrun")
+        self._config = config
+        self._resume, self._allow_changes = resume, allow_changes
+        self._sandbox = sandbox
+        self._report = report
+        self._folder = Path(config.checkpoint.dir)
+        self._material = read_material(config, config.questions, also=config.asked)
+        check_principles(config, self._material)
+        parts = identity(config, self._material)
+        for name in (*(f"principle/{step}" for step in FIELDS), "pair"):
+            parts[f"prompt {name}"] = digest(read_text(find("prompts", name)))
+        self._checkpoints, self._parts = Checkpoints(config.checkpoint), parts
+        self._name = self._checkpoints.check(new_name(), parts, resume=resume, allow_changes=allow_changes)
+        self._heldout: dict[int, dict[str, float]] = {}
+
+    async def run(self) -> Constituted:
+        """All of them."""
+        model, chains, supervised, reward_model, trained = self._config.policy.model, list[Chain](), None, None, None
+        preferences = list[Record]()
+        async with self._asking(model) as asking:
+            self._checkpoints.claim(self._name, self._parts)
+            self._claim(asking, self._name, "constitution")
+            await self._evaluated(asking, 0)
+            if self._config.supervised:
+                chains = await self._chains(asking)
+        if self._config.supervised:
+            supervised = self._taught(chains)
+            model = str(supervised.folder)
+        feedback = self._config.feedback
+        compared = feedback is not None and feedback.reward == "preferences"
+        if compared or (supervised and self._config.evaluate):
+            async with self._asking(model) as asking:
+                if supervised:
+                    await self._evaluated(asking, 1)
+                if compared:
+                    preferences = await self._compared(asking)
+        if feedback:
+            reward_model = self._preferring(model, preferences) if compared else None
+            trained = await self._trained(model, reward_model, preferences)
+            model = str(trained.folder)
+            if self._config.evaluate:
+                async with self._asking(model) as asking:
+                    await self._evaluated(asking, 2)
+        return Constituted(
+            run=self._name, policy=model, chains=sum(bool(principles(chain.plan)) for chain in chains),
+            revised=sum(chain.round > 0 for chain in chains), preferences=len(preferences), supervised=supervised,
+            model=reward_model, trained=trained, heldout=self._heldout,
+        )  # fmt: skip
+
+    @asynccontextmanager
+    async def _asking(self, model: str) -> AsyncIterator[Asking]:
+        config, accelerator = self._config, make_accelerator(self._config)
+        async with AsyncExitStack() as stack:
+            store = stack.enter_context(Log(config.log))
+            stack.enter_context(hold(store, self._name))
+            policy = load_policy(model, dtype=config.policy.dtype, device=str(accelerator.device))
+            sampler = Sampler(policy, config, accelerator, training=False)
+            critics = make_critics(self._material.judges, store, self._name)
+            panel = await stack.enter_async_context(Panel(critics, self._sandbox))
+            panel.check(self._material.plans.values())
+            await panel.reach()
+            collector = Collector(sampler=sampler, config=config, panel=panel)
+            stack.callback(collector.close)
+            material = self._material.with_room(collector, config.questions)
+            yield Asking(store=store, collector=collector, critics=critics, material=material)
+
+    def _claim(self, asking: Asking, name: str, kind: str) -> None:
+        """The rows that a run of the log begins with, once."""
+        if not asking.store.query("select 1 from runs where run = ?", [name]):
+            questions = asking.material.question_rows(name, list(asking.material.plans))
+            asking.store.append(runs=[run_row(name, kind, self._config, asking.material)], questions=questions)
+
+    async def _evaluated(self, asking: Asking, phase: int) -> None:
+        """The held-out questions after a phase."""
+        if self._config.evaluate:
+            store, collector, material = asking.store, asking.collector, asking.material
+            async with Heldout(self._config, self._name, store, collector, material, self._sandbox) as heldout:
+                self._heldout[phase] = await heldout.evaluate(phase)
+
+    async def _chains(self, asking: Asking) -> list[Chain]:
+        critics = {name: critic for name, critic in asking.critics.items() if isinstance(critic, Critic)}
+        revisions = Revisions(
+            self._config, self._name, asking.store, asking.collector, asking.material, critics, self._told("revision")
+        )
+        return await revisions.run()
+
+    def _taught(self, chains: Sequence[Chain]) -> Tuned:
+        """SFT on the last revisions, the policy's own helpful responses, and what is mixed in."""
+        config, supervised = self._config, self._config.supervised
+        assert supervised is not None, "the phase is asked for"
+        rows = taught(chains)
+        if not rows:
+            raise GrapeError("supervised: no response was revised, so there is nothing to teach")
+        mixed = read_lessons(supervised.mix, "chats").lessons if supervised.mix else ()
+        rows += [
+            {
+                "question_id": f"mix-{one.group}",
+                "category": None,
+                "messages": [*one.prompt, {"role": "assistant", "content": one.responses[0]}],
+                "response_id": None,
+            }
+            for one in mixed
+        ]
+        file = self._folder / "revised.jsonl"
+        write_rows(file, rows, {"question_id": TEXT, "category": TEXT, "messages": MESSAGES, "response_id": TEXT})
+        recipe = SftRun(
+            policy=config.policy.model_copy(update={"shard": False}),
+            data=ChatDataConfig(path=str(file)),
+            loss=supervised.loss,
+            optimizer=supervised.optimizer,
+            heldout=supervised.heldout,
+            **self._shared("supervised"),
+        )
+        return self._tuned(recipe, "supervised")
+
+    async def _compared(self, asking: Asking) -> list[Record]:
+        """Pairs of responses, labelled by the judge."""
+        feedback = Feedback(
+            self._config, self._name, asking.store, asking.collector, asking.material, asking.critics
+        )  # fmt: skip
+        self._claim(asking, feedback.run, "feedback")
+        report, count = self._told("feedback"), len(feedback.batches)
+        for number in range(1, count + 1):
+            clock = perf_counter()
+            await feedback.compared(number)
+            report(StepReport(step=number, steps=count, metrics={}, seconds=perf_counter() - clock))
+        return feedback.rows()
+
+    def _preferring(self, model: str, rows: Sequence[Record]) -> Tuned:
+        """A preference model of the judge's labels."""
+        config, feedback = self._config, self._config.feedback
+        assert feedback is not None, "the phase is asked for"
+        if not rows:
+            raise GrapeError("feedback: the judge preferred no response, so there is nothing to learn")
+        file = self._folder / "preferences.jsonl"
+        write_rows(file, rows, {**dict.fromkeys(("question_id", "chosen", "rejected", "item"), TEXT), "question": ASKED,
+                                "probability": NUMBER})  # fmt: skip
+        own = PolicyConfig(
+            model=model, dtype=config.policy.dtype, gradient_checkpointing=config.policy.gradient_checkpointing
+        )
+        recipe = RewardModelRun(
+            policy=feedback.policy or own,
+            data=DataConfig(path=str(file)),
+            optimizer=feedback.optimizer,
+            heldout=feedback.heldout,
+            **self._shared("preference-model"),
+        )
+        return self._tuned(recipe, "preference-model")
+
+    async def _trained(self, model: str, preferring: Tuned | None, rows: Sequence[Record]) -> Trained:
+        """`grape train` on the constitution's rubrics, or on those that have its principles as one item."""
+        config, feedback, known = self._config, self._config.feedback, self._material
+        assert feedback is not None, "the phase is asked for"
+        places, judges = config.rubrics, dict(config.judges)
+        if feedback.reward != "principles":
+            flow: dict[str, Any] = {"judge": feedback.judge or common_judge(known), "scale": "unit"}
+            if preferring:
+                mean, std = await spread_of(preferring.folder, rows[:SAMPLED])
+                flow = {"reward_model": str(preferring.folder), "calibrate": {"mean": mean, "std": std}}
+            folder = write_folded(known.rubrics.values(), flow, self._folder / "rubrics", known.judges)
+            places = str(folder)
+            asked = judges_of(load_rubrics(folder, judges=known.judges).values(), known)
+            judges = {name: file for name, file in judges.items() if name in asked}
+        update = {
+            "policy": {**config.policy.model_dump(), "model": model},
+            "rubrics": places,
+            "judges": judges,
+            "evaluate": None,
+            "checkpoint": self._checkpoint("policy").model_dump(),
+        }
+        again = RunConfig.model_validate({**config.model_dump(include=set(RunConfig.model_fields)), **update})
+        return await train(
+            again, resume=self._begun("policy"), allow_changes=self._allow_changes, sandbox=self._sandbox,
+            report=self._told("training"),
+        )  # fmt: skip
+
+    def _tuned(self, recipe: SftRun | RewardModelRun, phase: str) -> Tuned:
+        return tune(recipe, resume=self._begun(phase), allow_changes=self._allow_changes, report=self._told(phase))
+
+    def _begun(self, phase: str) -> bool:
+        """Whether a phase is to go on."""
+        return self._resume and (self._folder / phase / "run.json").is_file()
+
+    def _checkpoint(self, phase: str) -> CheckpointConfig:
+        return self._config.checkpoint.model_copy(update={"dir": str(self._folder / phase)})
+
+    def _shared(self, phase: str) -> dict[str, Any]:
+        """What the file of a phase has in common with this one."""
+        config = self._config
+        return {
+            "checkpoint": self._checkpoint(phase), "trackers": config.trackers, "log": config.log, "seed": config.seed,
+        }  # fmt: skip
+
+    def _told(self, phase: str) -> Callable[[StepReport], None]:
+        """What reports a phase's steps."""
+        return lambda step: self._report(phase, step) if self._report else None
