@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from grape.errors import invalid
-from grape.sections import Count, Names, NonNegative, Number, Positive, Rate, Whole, fields_at, read_sections
+from grape.sections import Count, Names, NonNegative, Number, Overlap, Positive, Rate, Whole, fields_at, read_sections
 from grape.types import Strict, Unit
 
 ROLLOUT_CAP = 2.0  # where the sampler is not the trainer and nobody chose
@@ -198,7 +198,8 @@ class EvaluateConfig(Strict):
     """Held-out questions, sampled and scored before the first step, ``every`` so many steps, and after the last.
 
     Their verdicts stand in the log under the run's name with ``.heldout``. Other ``rubrics`` and ``judges`` than the
-    training's make it a held-out judge.
+    training's make it a held-out judge. ``overlap`` says what becomes of questions of the training that are found in
+    held-out ones by their 8-grams.
     """
 
     questions: QuestionsConfig
@@ -207,6 +208,7 @@ class EvaluateConfig(Strict):
     greedy: bool = False
     rubrics: str | None = None
     judges: dict[str, str] | None = None
+    overlap: Overlap = "warn"
 
     @model_validator(mode="after")
     def _all(self) -> EvaluateConfig:
@@ -263,7 +265,7 @@ class RunConfig(Strict):
         loss, per_sequence = self.loss, self.loss.ratio in ("sequence", "sequence-mean", "tapered")
         if loss.kl == "none" and (loss.kl_coef or loss.kl_target):
             raise ValueError(".loss.kl_coef: needs a loss.kl other than none")
-        if loss.kl != "none" and not loss.kl_coef:
+        if not loss.kl_coef and (loss.kl in ("reward", "trpo") or loss.kl_target):  # the others measure
             raise ValueError(f".loss.kl_coef: loss.kl {loss.kl} needs one above 0")
         if loss.kl == "trpo" and loss.ratio != "token":
             raise ValueError(".loss.kl: trpo goes with ratio token")

@@ -14,7 +14,7 @@ from grape.collect import Collector
 from grape.config import CheckpointConfig, PolicyConfig, RunConfig
 from grape.errors import ConfigError, GrapeError
 from grape.feedback import Feedback, spread_of
-from grape.heldout import Heldout
+from grape.heldout import Heldout, apart_from_heldout
 from grape.judge.critic import Critic
 from grape.judge.jury import Jury
 from grape.lessons import read_lessons
@@ -108,7 +108,7 @@ class Phases:
         self._sandbox = sandbox
         self._report = report
         self._folder = Path(config.checkpoint.dir)
-        self._material = read_material(config, config.questions, also=config.asked)
+        self._material = apart_from_heldout(config, read_material(config, config.questions, also=config.asked))
         check_principles(config, self._material)
         parts = identity(config, self._material)
         for name in (*(f"principle/{step}" for step in FIELDS), "pair"):
@@ -269,21 +269,21 @@ class Phases:
             "policy": {**config.policy.model_dump(), "model": model},
             "rubrics": places,
             "judges": judges,
-            "evaluate": None,
+            "evaluate": config.evaluate if config.evaluate and config.evaluate.overlap == "drop" else None,
             "checkpoint": self._checkpoint("policy").model_dump(),
         }
         again = RunConfig.model_validate({**config.model_dump(include=set(RunConfig.model_fields)), **update})
-        return await train(
-            again, resume=self._begun("policy"), allow_changes=self._allow_changes, sandbox=self._sandbox,
-            report=self._told("training"),
-        )  # fmt: skip
+        return await train(again, sandbox=self._sandbox, report=self._told("training"), **self._going_on("policy"))
 
     def _tuned(self, recipe: SftRun | RewardModelRun, phase: str) -> Tuned:
-        return tune(recipe, resume=self._begun(phase), allow_changes=self._allow_changes, report=self._told(phase))
+        return tune(recipe, report=self._told(phase), **self._going_on(phase))
 
-    def _begun(self, phase: str) -> bool:
-        """Whether a phase is to go on."""
-        return self._resume and (self._folder / phase / "run.json").is_file()
+    def _going_on(self, phase: str) -> dict[str, Any]:
+        """A phase's name in the log, and whether it is to go on."""
+        begun = (self._folder / phase / "run.json").is_file()
+        return {
+            "name": f"{self._name}.{phase}", "resume": self._resume and begun, "allow_changes": self._allow_changes,
+        }  # fmt: skip
 
     def _checkpoint(self, phase: str) -> CheckpointConfig:
         return self._config.checkpoint.model_copy(update={"dir": str(self._folder / phase)})

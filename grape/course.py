@@ -8,10 +8,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import Any
 
+from grape.decontaminate import apart, asked
 from grape.errors import ConfigError
 from grape.examples import Example, Task, make_examples
-from grape.lessons import Kind, Lesson, Preferred, read_lessons
+from grape.lesson_rows import Kind
+from grape.lessons import Lesson, Preferred, read_lessons
 from grape.policy import Policy
 from grape.questions import tell
 from grape.recipes import DpoRun, Recipe, RewardModelRun, SftRun
@@ -35,7 +38,7 @@ def _kind(config: Recipe) -> Kind:
     if isinstance(config, SftRun):
         return "chats"
     kind = config.loss.kind if isinstance(config, RewardModelRun | DpoRun) else ""
-    kinds: dict[str, Kind] = {"ranking": "rankings", "outcome": "labels", "kto": "labels"}
+    kinds: dict[str, Kind] = {"ranking": "rankings", "outcome": "labels", "process": "steps", "kto": "labels"}
     return kinds.get(kind, "pairs")
 
 
@@ -51,15 +54,21 @@ def read_course(config: Recipe, policy: Policy, task: Task) -> Course:
     lessons = [by_question(some) if grouped else some for some in usable]
     if _by_margin(config) and not any(pair.margin for one in lessons[0] for pair in one.pairs):
         raise ConfigError(f"{config.data.path}: none of the rows has a margin, which loss.margin goes by")
+    if kind == "steps" and {label for one in lessons[0] for label in one.labels} == {0, 1}:
+        told = "labels: are 0 and 1, none is -1, and 0 is neutral: wrong and right are false and true, or -1 and 1"
+        raise ConfigError(f"{config.data.path}: {told}")
     if isinstance(config, DpoRun) and config.loss.kind != "dpo":
         soft = sum(pair.probability < 1 for one in lessons[0] for pair in one.pairs)
         if soft:
             told = "%s: %d pairs have a probability, which %s does not take: their chosen one counts as surely better"
             logger.warning(told, config.data.path, soft, config.loss.kind)
-    if len(lessons) > 1:
-        _tell_taught(parts[1].source, *lessons)
     if config.heldout and config.heldout.share:
         lessons = parted(lessons[0], config.heldout.share, config.seed, config.data.path)
+    if config.heldout:
+        taught, heldout = ([(one.place, asked(one.prompt)) for one in some] for some in lessons)
+        how: Any = {"how": config.heldout.overlap, "field": "heldout.overlap", "source": config.data.path}
+        left = apart(taught, heldout, **how)
+        lessons[0] = [one for place, one in enumerate(lessons[0]) if place not in left]
     sections = config.model_dump(exclude={"checkpoint": True, "trackers": True, "log": True})
     identity = {name: digest(json.dumps(value, sort_keys=True)) for name, value in sections.items()}
     mismatched = kind == "labels" and isinstance(config, DpoRun)
@@ -72,13 +81,6 @@ def read_course(config: Recipe, policy: Policy, task: Task) -> Course:
 def _by_margin(config: Recipe) -> bool:
     """Whether the loss goes by the rows' margins."""
     return isinstance(config, RewardModelRun) and config.loss.margin
-
-
-def _tell_taught(source: str, taught: Sequence[Lesson], heldout: Sequence[Lesson]) -> None:
-    """Warn of held-out questions that are taught too: they measure memory."""
-    known, asked = ({json.dumps(one.prompt) for one in some} for some in (taught, heldout))
-    if both := known & asked:
-        logger.warning("%s: held-out questions that are taught too: %d of %d", source, len(both), len(asked))
 
 
 def _usable(config: Recipe, policy: Policy, task: Task, source: str, lessons: Sequence[Lesson]) -> list[Lesson]:

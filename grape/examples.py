@@ -39,11 +39,13 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """What a batch counts: its examples, the response tokens of their members, and the examples that are wanted."""
+    """What a batch counts: its examples, the response tokens of their members, the examples that are wanted, and the
+    labelled steps."""
 
     examples: int
     tokens: int
     wanted: int
+    steps: int = 0
 
 
 class Task(Protocol):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grape.decontaminate import without
 from grape.errors import ConfigError
 from grape.extremes import BY
 from grape.judge.prompt import load_prompt
@@ -30,10 +31,11 @@ logger = logging.getLogger("grape")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """What was written: rows, and of which run."""
+    """What was written: rows, and of which run; and how many were left out for their questions."""
 
     run: str
     count: int
+    overlapping: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,7 @@ def export(
     item: str | None = None,
     judge: str | None = None,
     labelled: bool = False,
+    against: str | Path | None = None,
     limit: int | None = None,
     force: bool = False,
 ) -> Export:
@@ -66,7 +69,8 @@ def export(
 
     ``by`` and ``min_reward`` are of sft: the column of `rewards` by which a response is the best one, and what it must
     reach. ``item`` and ``judge`` keep what is by them (not of sft and responses). ``labelled`` keeps judge calls whose
-    verdict lies within 0.25 of what people said. Rows stand in the order in which the log got them.
+    verdict lies within 0.25 of what people said. Rows stand in the order in which the log got them; those in which a
+    question of the file ``against`` is found are left out (`grape.decontaminate`).
     """
     one_of("export", what, list(SETS))
     one_of("--by", by, BY)
@@ -86,16 +90,18 @@ def export(
         check_name(store, name, "item", item if what != "preference" else None)
         check_name(store, name, "judge", judge if what != "preference" else None)
         wanted = Wanted(run=name, by=by, min_reward=min_reward, item=item, judge=judge, labelled=labelled)
-        rows = kind.read(store, wanted)[:limit]
+        found = kind.read(store, wanted)
+    kept = without(found, against) if against else found
+    rows = kept[:limit]
     if not rows:
-        raise ConfigError(f"{log}: run {name}: nothing to export as {what}{_because(wanted)}{kind.empty}")
+        raise ConfigError(f"{log}: run {name}: nothing to export as {what}{_because(wanted, against)}{kind.empty}")
     write_rows(out, rows, kind.columns)
-    return Export(run=name, count=len(rows))
+    return Export(run=name, count=len(rows), overlapping=len(found) - len(kept))
 
 
-def _because(wanted: Wanted) -> str:
+def _because(wanted: Wanted, against: str | Path | None) -> str:
     """What may have left nothing."""
-    said = {"--min-reward": wanted.min_reward, "--item": wanted.item, "--judge": wanted.judge}
+    said = {"--min-reward": wanted.min_reward, "--item": wanted.item, "--judge": wanted.judge, "--against": against}
     told = [f"{flag} {value}" for flag, value in said.items() if value is not None]
     told += ["--labelled"] * wanted.labelled
     return f" with {' and '.join(told)}" if told else ""

@@ -6,15 +6,19 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from datetime import UTC, datetime
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grape.collect import Collector
 from grape.config import RunConfig
+from grape.decontaminate import apart
+from grape.decontaminate import asked as asked_of
 from grape.log import Log
 from grape.material import Material, read_material, run_row
 from grape.panel import Panel
+from grape.questions import read_questions
 from grape.scoring import make_critics
 from grape.step import make_step, settled_groups
 
@@ -79,6 +83,21 @@ class Heldout:
                 responses=self._evaluate.responses, greedy=self._evaluate.greedy, panel=self._panel,
             )  # fmt: skip
         return self.results[step]
+
+
+def apart_from_heldout(config: RunConfig, material: Material) -> Material:
+    """The run's material without what ``evaluate.overlap: drop`` leaves out; what is there twice is said."""
+    if config.evaluate is None or config.evaluate.overlap == "allow":
+        return material
+    held, own = read_questions(config.evaluate.questions).rows, material.questions.rows
+    taught, heldout = (
+        [(rows.places[name], asked_of(one.text)) for name, one in rows.questions.items()] for rows in (own, held)
+    )
+    how: Any = {"how": config.evaluate.overlap, "field": "evaluate.overlap", "source": own.source}
+    left = apart(taught, heldout, **how)
+    names = [name for place, name in enumerate(own.questions) if place not in left]
+    plans = {name: material.plans[name] for name in names}
+    return replace(material, questions=material.questions.only(names), plans=plans) if left else material
 
 
 async def asked(

@@ -1,82 +1,29 @@
-"""What a policy or a reward model is taught from: rows of chats, pairs, rankings and labels, read strictly."""
+"""What a policy or a reward model is taught from: rows of chats, pairs, rankings, labels and steps, read strictly."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import ValidationError
 
 from grape.errors import ConfigError, invalid, known, one_line
+from grape.lesson_rows import ROWS, ChatRow, Kind, LabelRow, LessonRow, PairRow, RankingRow, StepsRow
 from grape.questions import read_source, renamed, tell
 from grape.recipes import ChatDataConfig, DataConfig
 from grape.resources import digest
 from grape.rows import given
-from grape.sections import Number
-from grape.types import Message, Strict, Turn
+from grape.transcript import OPEN, TRANSCRIPT, transcript
+from grape.types import Message, Turn
 
-Kind = Literal["chats", "pairs", "rankings", "labels"]
-Text = Annotated[str, Field(min_length=1)]
-Asked = Text | Annotated[list[Turn], Field(min_length=1)]
-Likely = Annotated[float, Field(ge=0.5, le=1)]  # below one half the other response would be the chosen one
-SPEAKERS = {"Human": "user", "Assistant": "assistant"}
 ASKS = ("user", "tool")  # whose turns there is a response to
-TRANSCRIPT = re.compile(r"\r?\n\r?\n(Human|Assistant):")
-OPEN = re.compile(r"\r?\n\r?\nAssistant:\s*\Z")  # a transcript's last turn, where the response begins
+STEP_END = "\n"
 
 
 class Lacks(ConfigError):
     """A row lacks a field that it needs: the line goes on with what it has."""
-
-
-def _id(value: Any) -> Any:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-class LessonRow(Strict):
-    """What all rows may say: the question, and its name where the same one stands in several rows."""
-
-    question_id: Annotated[Text | None, BeforeValidator(_id)] = None
-    question: Asked | None = None
-
-
-class ChatRow(LessonRow):
-    """A question with its response, or the ``messages`` of a chat."""
-
-    response: Text | None = None
-    messages: Annotated[list[Turn], Field(min_length=2)] | None = None
-
-
-class PairRow(LessonRow):
-    """Two responses to a question, or two whole dialogues that differ in their last turn (messages, or transcripts of
-    "Human:" and "Assistant:"). ``margin``: how much better; ``probability``: that the chosen one is better."""
-
-    chosen: Asked
-    rejected: str | Annotated[list[Turn], Field(min_length=1)]  # nothing said is worse than something
-    margin: Number | None = None
-    probability: Likely | None = None
-
-
-class RankingRow(LessonRow):
-    """The responses to a question, best first."""
-
-    responses: Annotated[list[Text], Field(min_length=2)]
-
-
-class LabelRow(LessonRow):
-    """A response, and whether it is right, or wanted."""
-
-    response: Text
-    label: bool
-
-
-ROWS: dict[Kind, tuple[type[LessonRow], ...]] = {
-    "chats": (ChatRow,), "pairs": (PairRow,), "rankings": (RankingRow, PairRow), "labels": (LabelRow, PairRow),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +40,8 @@ class Preferred:
 class Lesson:
     """A question with responses, and what is said of them: pairs, a label, or nothing but their order.
 
-    ``group`` is the question's name: what is held out is whole questions.
+    ``group`` is the question's name: what is held out is whole questions. One response may be in ``steps``, each ended,
+    with a label for each: 1 is right, 0 neutral, -1 wrong.
     """
 
     place: str
@@ -102,6 +50,8 @@ class Lesson:
     responses: tuple[str, ...]
     pairs: tuple[Preferred, ...] = ()
     label: bool | None = None
+    steps: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +65,11 @@ class Lessons:
     @property
     def hash(self) -> str:
         """Of all that they say."""
-        return digest(json.dumps([[o.group, o.prompt, o.responses, *map(str, o.pairs), o.label] for o in self.lessons]))
+        return digest(json.dumps([_said(one) for one in self.lessons]))
+
+
+def _said(one: Lesson) -> list[Any]:
+    return [one.group, one.prompt, one.responses, *map(str, one.pairs), one.label, *one.steps, *one.labels]
 
 
 def read_lessons(config: DataConfig, kind: Kind, source: Any = None) -> Lessons:
@@ -171,6 +125,8 @@ def _taught(place: str, named: Mapping[str, Any], kind: Kind, config: DataConfig
     elif kind == "labels" and "chosen" not in named:
         row = _read(place, named, LabelRow)
         yield replace(_lesson(place, row, _asked(place, row), {"response": row.response}), label=row.label)
+    elif kind == "steps":
+        yield _in_steps(place, _read(place, named, StepsRow))
     else:
         pair = _of_pair(place, _read(place, named, PairRow))
         if kind != "labels":
@@ -206,7 +162,7 @@ def _asked(place: str, row: LessonRow) -> tuple[Message, ...]:
     if isinstance(row.question, str) and not TRANSCRIPT.match(row.question):
         return ({"role": "user", "content": row.question},)
     turns = tuple(
-        _transcript(place, "question", OPEN.sub("", row.question))
+        _spoken(place, "question", OPEN.sub("", row.question))
         if isinstance(row.question, str)
         else (turn.model_dump() for turn in row.question)
     )
@@ -265,11 +221,19 @@ def _of_pair(place: str, row: PairRow) -> Lesson:
     return replace(_lesson(place, row, asked, texts, silent), pairs=(pair,))
 
 
+def _in_steps(place: str, row: StepsRow) -> Lesson:
+    if len(row.steps) != len(row.labels):
+        raise ConfigError(f"{place}: labels: there are {len(row.labels)} for {len(row.steps)} steps")
+    lesson = _lesson(place, row, _asked(place, row), {f"steps.{at}": text for at, text in enumerate(row.steps)})
+    steps = tuple(f"{text}{STEP_END}" for text in row.steps)
+    return replace(lesson, responses=("".join(steps),), steps=steps, labels=tuple(row.labels))
+
+
 def _dialogue(place: str, name: str, said: str | Sequence[Turn], row: LessonRow) -> tuple[tuple[Message, ...], str]:
     """What was asked, and the response, of one side of a pair."""
     if row.question is not None and isinstance(said, str) and not TRANSCRIPT.match(said):
         return _asked(place, row), said
-    turns = _transcript(place, name, said) if isinstance(said, str) else [turn.model_dump() for turn in said]
+    turns = _spoken(place, name, said) if isinstance(said, str) else [turn.model_dump() for turn in said]
     asked = [] if row.question is None else list(_asked(place, row))
     if not any(turns[at : at + len(asked)] == asked for at in range(len(turns) - len(asked))):
         if turns[0]["role"] != "assistant" and asked[-1]["role"] != "system":
@@ -280,17 +244,8 @@ def _dialogue(place: str, name: str, said: str | Sequence[Turn], row: LessonRow)
     return tuple(turns[:-1]), turns[-1]["content"]
 
 
-def _transcript(place: str, name: str, text: str) -> list[Message]:
-    """The turns of a text such as "\\n\\nHuman: ...\\n\\nAssistant: ...": the form of the HH data."""
-    head, *parts = TRANSCRIPT.split(text if text.startswith("\n\n") else f"\n\n{text}")
-    turns = [
-        {"role": SPEAKERS[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
-    if head.strip() or not turns:
-        raise Lacks(f"{place}: question: is missing, and {name} is no dialogue of Human: and Assistant:")
-    for before, turn in pairwise(turns):
-        if before["role"] == turn["role"]:
-            raise ConfigError(f"{place}: {name}: two turns of the {turn['role']} follow one another")
-    if empty := next((turn["role"] for turn in turns if not turn["content"]), None):
-        raise ConfigError(f"{place}: {name}: a turn of the {empty} has no text")
-    return turns
+def _spoken(place: str, name: str, text: str) -> list[Message]:
+    """The turns of a transcript, which the text has to be where the row has no question."""
+    if turns := transcript(place, name, text):
+        return turns
+    raise Lacks(f"{place}: question: is missing, and {name} is no dialogue of Human: and Assistant:")

@@ -8,8 +8,7 @@ function. Numbers in brackets are equations of the paper that is named.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -80,18 +79,6 @@ def ranking_loss(scores_K: Tensor) -> Tensor:
     ahead_KK = scores[None, :] - scores[:, None]  # differences first: their logs lose nothing where scores are large
     later_KK = torch.ones_like(ahead_KK, dtype=torch.bool).triu()
     return torch.where(later_KK, ahead_KK, -torch.inf).logsumexp(dim=1).sum()
-
-
-def pair_weights(groups: Sequence[Hashable] | Tensor) -> Tensor:
-    """What each pair weighs, P, so that the sum of weight x loss is the mean over prompts of the mean over their pairs.
-
-    weight = 1 / (pairs of its group x groups),  1 / C(K, 2) of a prompt of K responses: Ouyang et al. 2022 (1)
-
-    ``groups`` has the prompt of each pair of one optimizer step, whose micro-batches share these. float32, on the CPU.
-    """
-    names = groups.tolist() if isinstance(groups, Tensor) else list(groups)  # tensors hash by what they are, not hold
-    pairs = Counter(names)
-    return torch.tensor([1 / (pairs[name] * len(pairs)) for name in names], dtype=torch.float32)
 
 
 def outcome_loss(logits_N: Tensor, correct_N: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from grape.config import CheckpointConfig, OptimizerConfig, PolicyConfig
 from grape.errors import invalid
-from grape.sections import Count, Names, NonNegative, Positive, Whole, fields_at, read_sections
+from grape.sections import Count, Names, NonNegative, Overlap, Positive, Whole, fields_at, read_sections
 from grape.types import Strict
 
 Place = Annotated[str, Field(min_length=1)]
@@ -50,11 +50,13 @@ class LessonsConfig(OptimizerConfig):
 
 class HeldoutConfig(Strict):
     """What is held out: a ``share`` of the questions, or the rows of the file ``data``. It is measured before the first
-    step, ``every`` so many and after the last."""
+    step, ``every`` so many and after the last. ``overlap`` says what becomes of taught questions that are found in
+    held-out ones by their 8-grams: warn, drop, fail or allow."""
 
     share: Annotated[float, Field(gt=0, lt=1)] | None = None
     data: Place | None = None
     every: Count | None = None
+    overlap: Overlap = "warn"
 
     @model_validator(mode="after")
     def _one(self) -> HeldoutConfig:
@@ -97,9 +99,9 @@ class SftRun(Recipe):
 
 class RewardLossConfig(Strict):
     """bradley-terry on pairs (with the rows' margins where ``margin``), ranking on ordered responses (Plackett-Luce),
-    outcome on right and wrong responses (at every token)."""
+    outcome on right and wrong responses (at every token), process on right and wrong steps (at the end of each)."""
 
-    kind: Literal["bradley-terry", "ranking", "outcome"] = "bradley-terry"
+    kind: Literal["bradley-terry", "ranking", "outcome", "process"] = "bradley-terry"
     margin: bool = False
 
     @model_validator(mode="after")

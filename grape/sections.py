@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -23,6 +23,7 @@ def _many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Overlap = Literal["warn", "drop", "fail", "allow"]  # what becomes of taught questions that are held out too
 Names = Annotated[list[str], BeforeValidator(_many)]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from grape.chat import answer_ids, chat_ids, prompt_ids
+from grape.classifier import STEPS
 from grape.config import PolicyConfig
 from grape.errors import ConfigError
 from grape.examples import Example, Totals, in_order
@@ -26,6 +28,7 @@ from grape.preference import (
     preference_loss,
     ranking_loss,
     sft_loss,
+    step_loss,
 )
 from grape.recipes import DpoRun, RewardModelRun, SftRun
 from grape.types import Message, Question
@@ -221,6 +224,46 @@ class Reward:
             for one, end in zip(examples, ends, strict=True)
         )
         return loss, {"accuracy": torch.tensor(right / totals.examples)}
+
+
+class Process:
+    """A process reward model: where a step ends, three logits say whether it is wrong, neutral or right."""
+
+    reference = False
+
+    def __init__(self, policy: Policy, config: RewardModelRun) -> None:
+        self._policy = policy
+
+    def rows(self, lesson: Lesson) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
+        """The prompt and all steps, each as tokens of its own; a last token stands in for the one after their end."""
+        question = Question(question_id=lesson.place, category="", text=lesson.prompt)
+        asked = tuple(prompt_ids(self._policy.tokenizer, question))
+        return ((asked, (*(token for step in self._steps(lesson) for token in step), self._policy.pad_id)),)
+
+    def begin(self, estimate: float) -> None:
+        """Nothing is estimated."""
+
+    def _steps(self, lesson: Lesson) -> list[tuple[int, ...]]:
+        steps = [answer_ids(self._policy.tokenizer, text, lesson.place)[:-1] for text in lesson.steps]
+        if () in steps:
+            raise ConfigError(f"{lesson.place}: steps.{steps.index(())}: has no tokens")
+        return steps
+
+    def loss(self, examples: Sequence[Example], batch: Batch, totals: Totals) -> tuple[Tensor, Metrics]:
+        """The mean over all steps; beside the accuracy, the shares of the labels: what a constant would come to."""
+        lessons = {one.members[0].response_id: one.lesson for one in examples}
+        ends_BT, labels = torch.zeros_like(batch.mask_BT), list[int]()
+        for row, one in enumerate(batch.members):
+            lesson = lessons[one.response_id]
+            ends_BT[row, list(accumulate(map(len, self._steps(lesson))))] = True  # 0 is the prompt's last token
+            labels += lesson.labels
+        states_NH = batch.text.states(self._policy.model)
+        logits_M3 = self._policy.model.score(states_NH[ends_BT[batch.mask_BT]])
+        label_M = torch.tensor(labels, device=logits_M3.device)
+        right_M = logits_M3.argmax(1) - 1 == label_M
+        shares = {f"labels/{name}": (label_M == at - 1).sum() / totals.steps for at, name in enumerate(STEPS)}
+        loss = step_loss(logits_M3, label_M).sum() / totals.steps
+        return loss, {"accuracy": right_M.sum() / totals.steps, **shares}
 
 
 def autocast(config: PolicyConfig, device: Any) -> Any:

@@ -162,4 +162,5 @@ def counts(examples: Sequence[Example]) -> Totals:
         examples=len(examples),
         tokens=sum(len(row.token_ids) for one in examples for row in one.members),
         wanted=sum(bool(one.lesson.label) for one in examples),
+        steps=sum(len(one.lesson.labels) for one in examples),
     )

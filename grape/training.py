@@ -17,7 +17,7 @@ from grape.collect import Answered, Collector
 from grape.config import RunConfig, load_run
 from grape.errors import ConfigError
 from grape.groups import Groups
-from grape.heldout import Heldout, measured_difficulty
+from grape.heldout import Heldout, apart_from_heldout, measured_difficulty
 from grape.learner import Learner
 from grape.log import Log
 from grape.material import Material, identity, make_accelerator, read_material, run_row
@@ -56,12 +56,14 @@ async def train(
     allow_changes: bool = False,
     sandbox: Sandbox | None = None,
     report: Report | None = None,
+    name: str | None = None,
 ) -> Trained:
     """Train a policy by GRAPE as a `run.yaml` says; ``overrides`` are `loss.clip_high=0.28` and the like.
 
     ``resume`` goes on after the last checkpoint, and ends with the weights of an uninterrupted run, on a CPU to the
     bit. What changed since then (a rubric, a prompt, a judge, the configuration) is an error unless ``allow_changes``.
-    Every response, verdict, reward and step is in the log. ``report`` is called after each step.
+    Every response, verdict, reward and step is in the log. ``report`` is called after each step. ``name`` is what a new
+    run is called there, by default the time.
 
     Raises `ConfigError`, before any work, for a wrong file, row or judge, and `GrapeError` where numbers are not
     finite, before they reach the weights.
@@ -76,7 +78,7 @@ async def train(
             (saved,) = ranks.hear()
             ended: Trained = Learner(config, accelerator, saved).follow()
             return ended
-    begun = begin(config, resume=resume, allow_changes=allow_changes)
+    begun = begin(config, name or new_name(), resume=resume, allow_changes=allow_changes)
     async with AsyncExitStack() as stack:
         stack.enter_context(ranks.together())
         store = stack.enter_context(Log(config.log))
@@ -143,14 +145,14 @@ class Begun:
             store.append(runs=[run_row(self.name, "train", self.config, self.material)])
 
 
-def begin(config: RunConfig, *, resume: bool, allow_changes: bool) -> Begun:
+def begin(config: RunConfig, name: str, *, resume: bool, allow_changes: bool) -> Begun:
     """Everything that the run names, read and checked. Nothing is written."""
     if resume and config.checkpoint is None:
         raise ConfigError("checkpoint: is not set, so there is nothing to resume from")
-    material = read_material(config)
+    material = apart_from_heldout(config, read_material(config))
     if config.questions.difficulty is None:
         material.order()  # too few questions are an error now
-    name, parts = new_name(), identity(config, material)
+    parts = identity(config, material)
     checkpoints = Checkpoints(config.checkpoint) if config.checkpoint else None
     if checkpoints:
         name = checkpoints.check(name, parts, resume=resume, allow_changes=allow_changes)

@@ -32,7 +32,7 @@ from grape.resources import digest
 from grape.run import hold, new_name
 from grape.sampler import seeded
 from grape.step import StepReport
-from grape.tasks import Alignment, Reward, Sft, Unpaired
+from grape.tasks import Alignment, Process, Reward, Sft, Unpaired
 from grape.teacher import Teacher
 
 logger = logging.getLogger("grape")
@@ -55,11 +55,13 @@ def tune(
     resume: bool = False,
     allow_changes: bool = False,
     report: Callable[[StepReport], None] | None = None,
+    name: str | None = None,
 ) -> Tuned:
     """Teach a policy, or a reward model, as the file of its verb says (`grape.recipes.load_recipe`).
 
     ``resume`` goes on after the last checkpoint, and ends with the weights of an uninterrupted run, on a CPU to the
     bit; what changed since then is an error unless ``allow_changes``. ``report`` is called after each step.
+    ``name`` is what a new run is called in the log, by default the time.
 
     Raises `ConfigError`, before any work, for a wrong file or row, and `GrapeError` where numbers are not finite,
     before they reach the weights.
@@ -71,7 +73,7 @@ def tune(
         stack.enter_context(ranks.together())
         policy, task = _begin(config, accelerator, None)
         course = read_course(config, policy, task)
-        name, store, saved = new_name(), None, None
+        name, store, saved = name or new_name(), None, None
         if ranks.leads:
             name = checkpoints.check(name, course.identity, resume=resume, allow_changes=allow_changes)
             store = stack.enter_context(Log(config.log))
@@ -150,10 +152,10 @@ class Lectures:
         if not self._course.heldout:
             return {}
         found = self._teacher.measure(self._course.heldout)
-        number = len(self._course.heldout)
+        number = sum(len(one.lesson.steps) or 1 for one in self._course.heldout)
         for name in [name for name in found if name.rpartition("/")[2] == "accuracy"]:
             found[f"{name}_low"], found[f"{name}_high"] = wilson(found[name], number)
-        self._heldout[step] = found = {**found, "examples": float(number)}
+        self._heldout[step] = found = {**found, "examples": float(len(self._course.heldout))}
         return {f"heldout/{name}": value for name, value in found.items()}
 
     def _told(self, step: int, started: datetime, metrics: dict[str, float]) -> None:
@@ -178,8 +180,9 @@ def _begin(config: Recipe, accelerator: Any, saved: Saved | None) -> tuple[Polic
     device, seed = str(accelerator.device), seeded(config.seed, "lora")
     model, where = (str(saved.folder), "checkpoint.dir") if saved else (config.policy.model, "policy.model")
     if isinstance(config, RewardModelRun):
-        policy = load_classifier(model, device=device, seed=config.seed, where=where)
-        return policy, Reward(policy, config)
+        steps = config.loss.kind == "process"
+        policy = load_classifier(model, device=device, seed=config.seed, steps=steps, where=where)
+        return policy, (Process if steps else Reward)(policy, config)
     lora = None if saved else config.policy.lora
     dtype = config.policy.dtype if config.policy.lora else "float32"
     policy = load_policy(model, dtype=dtype, device=device, lora=lora, seed=seed, where=where)

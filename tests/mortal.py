@@ -54,6 +54,11 @@ def _live(folder: str, overrides: tuple[str, ...], death: Death | None, options:
     options["report"] = lambda step: sys.audit("reported", f"step {step.step}")
     if verb == "train":
         asyncio.run(grape.train("run.yaml", overrides=overrides, **options))
+    elif verb == "constitution":
+        from grape.constitution import constitution
+
+        options["report"] = lambda phase, step: sys.audit("reported", f"{phase} {step.step}")
+        asyncio.run(constitution("run.yaml", overrides=overrides, **options))
     else:
         from grape.recipes import load_recipe
         from grape.tuning import VERBS, tune

@@ -184,17 +184,6 @@ def golden_ranking(m: ModuleType) -> None:
     raises(lambda: m.ranking_loss(t([1.0, 2.0])), "all must be rows of one length, not [(1, 2)]")
 
 
-def golden_pair_weights(m: ModuleType) -> None:
-    """Prompts of 1, 3 and 6 pairs (2, 3 and 4 responses): each prompt a third, its pairs alike."""
-    groups = ["b", *"aaa", *"cccccc"]
-    weight = m.pair_weights(groups)
-    assert weight.dtype == torch.float32
-    close(weight, t(1 / 3, *[1 / 9] * 3, *[1 / 18] * 6), 1e-7)
-    close(m.pair_weights(["c", "b", "c", "a", "a", "a"]), t(1 / 6, 1 / 3, 1 / 6, *[1 / 9] * 3), 1e-7)
-    close(m.pair_weights(torch.tensor([7, 7, 0])), t(0.25, 0.25, 0.5))
-    close(m.pair_weights([]), torch.zeros(0))
-
-
 def golden_outcome(m: ModuleType) -> None:
     logits, right = (2.0, -1.5, 0.0, 1e4, -1e4), (1, 1, 0, 0, 0)
     wanted = [logistic(z, r) for z, r in zip(logits, right, strict=True)]

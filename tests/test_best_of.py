@@ -19,6 +19,8 @@ from grape.errors import ConfigError
 from grape.lessons import read_lessons
 from grape.recipes import ChatDataConfig, SftRun, load_recipe
 
+ROOT = Path(__file__).parents[1]
+
 
 def select(path, *overrides, **options):
     return asyncio.run(best_of(path, overrides=overrides, **options))
@@ -132,6 +134,30 @@ def test_rounds_of_rejection_sampling_raise_what_the_rubric_asks_for_and_resume(
     again = asyncio.run(rejection_sampling(run, recipe, 3, resume=True))
     assert [(one.run, two.run) for one, two in again] == [(one.run, two.run) for one, two in done]
     assert len(ask(tmp_path / "log.duckdb", "select run from runs")) == 6
+
+
+@pytest.mark.slow
+def test_the_rounds_of_the_quickstart_learn_on_its_words_and_on_held_out_ones(tmp_path, monkeypatch):
+    """A part of its words, without the judge."""
+    monkeypatch.chdir(ROOT)
+    rows = (ROOT / "examples/quickstart/questions.jsonl").read_text().splitlines()[:240]
+    (tmp_path / "questions.jsonl").write_text("\n".join(rows))
+    (tmp_path / "rubrics").mkdir()
+    for path in (ROOT / "examples/quickstart/rubrics").glob("*.yaml"):
+        rubric = yaml.safe_load(path.read_text())
+        rubric["items"] = [item for item in rubric["items"] if "judge" not in item]
+        (tmp_path / "rubrics" / path.name).write_text(yaml.safe_dump(rubric))
+    own = [f"rubrics={tmp_path}/rubrics", "judges={}", f"log={tmp_path}/log.duckdb", "sampling.responses=4"]
+    taught = [f"checkpoint.dir={tmp_path}/rounds", f"log={tmp_path}/log.duckdb"]
+    recipe = load_recipe(SftRun, "examples/quickstart/sft.yaml", taught)
+    run = load_run("examples/quickstart/run.yaml", [*own, f"questions.path={tmp_path}/questions.jsonl"])
+    done = asyncio.run(rejection_sampling(run, recipe, 2))
+    assert done[1][0].mean > done[0][0].mean + 0.1
+    held = [*own, "questions.path=examples/quickstart/heldout.jsonl"]
+    before = select("examples/quickstart/run.yaml", *held)
+    after = select("examples/quickstart/run.yaml", *held, f"policy.model={done[1][1].folder}")
+    assert after.mean > before.mean + 0.1
+    assert after.pass_at[1] > before.pass_at[1]
 
 
 @pytest.mark.slow

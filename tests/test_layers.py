@@ -12,12 +12,12 @@ import grape
 PACKAGE = Path(grape.__file__).parent
 # A module may import those of the lines above its own, and its siblings in the same folder.
 LAYERS = [
-    {"errors", "types", "reward", "phrases", "agreement", "selection"},
+    {"errors", "types", "reward", "phrases", "agreement", "selection", "crew"},
     {"resources", "scale", "sandbox"},
     {"sections"},
     {"config", "chat", "kl"},
-    {"adapters", "linear_head", "loss", "recipes"},
-    {"policy", "value", "attention", "preference"},
+    {"adapters", "linear_head", "loss", "recipes", "lesson_rows", "transcript"},
+    {"policy", "value", "attention", "preference", "phases"},
     {"cache", "head", "classifier"},
     {"rollout", "logprobs", "shards"},
     {"member", "modes", "engine"},
@@ -31,14 +31,14 @@ LAYERS = [
     {"batch", "hidden"},
     {"improve", "panel", "records"},
     {"run", "controls", "extremes", "screen"},
-    {"scoring", "schemas", "report", "reliability", "starter", "questions", "progress"},
+    {"scoring", "schemas", "report", "drift", "decontaminate", "reliability", "starter", "questions", "progress"},
     {"collect", "order", "fitting", "repeat", "output", "lessons"},
     {"metrics", "calibrate", "pairs", "labels", "export", "examples"},
     {"step", "tasks"},
     {"groups", "material", "checkpoint", "teacher", "course"},
-    {"heldout", "learner"},
-    {"training", "tuning"},
-    {"best_of"},
+    {"heldout", "learner", "principles"},
+    {"training", "tuning", "revision", "feedback"},
+    {"best_of", "constitution"},
     {"cases", "tour"},
     {"cli"},
 ]
@@ -47,6 +47,7 @@ TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "obj
 TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
 TENSOR |= {"best_of", "classifier", "examples", "tasks", "teacher", "course", "tuning"}
+TENSOR |= {"principles", "revision", "feedback", "constitution"}
 TENSOR |= {"descent", "engine", "served", "ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 

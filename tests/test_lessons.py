@@ -579,18 +579,6 @@ def test_a_reward_model_holds_out_whole_questions_with_all_their_pairs(policy, t
     assert {len(one.members) for one in [*got.examples, *got.heldout]} == {4}
 
 
-def test_held_out_questions_that_are_taught_too_are_told(policy, tmp_path, caplog):
-    rows = [{"question": f"{n}?", "response": "a"} for n in range(6)]
-    seen = lines(tmp_path / "held.jsonl", [*rows[4:], {"question": "new?", "response": "a"}])
-    data = {"path": lines(tmp_path / "d.jsonl", rows), "limit": 5}
-    got = course(policy, SftRun, data, heldout={"data": seen})
-    assert (len(got.examples), len(got.heldout)) == (5, 3)
-    assert caplog.messages == [f"{seen}: held-out questions that are taught too: 1 of 3"]
-    caplog.clear()
-    course(policy, SftRun, data, heldout={"share": 0.4})
-    assert caplog.messages == []
-
-
 def test_margins_that_a_loss_goes_by_are_there_and_not_below_0(policy, tmp_path):
     rows = [{**PAIR, "margin": 0.5}, {**PAIR, "question": "r", "margin": -0.25}]
     path = lines(tmp_path / "d.jsonl", rows)
@@ -688,7 +676,7 @@ BAD_RUNS = [
     (RewardModelRun, {"loss": {"kind": "ranking", "margin": True}},
      "loss.margin: goes with kind bradley-terry, not ranking"),
     (RewardModelRun, {"loss": {"kind": "dpo"}},
-     "loss.kind: Input should be 'bradley-terry', 'ranking' or 'outcome' (got 'dpo')"),
+     "loss.kind: Input should be 'bradley-terry', 'ranking', 'outcome' or 'process' (got 'dpo')"),
     (DpoRun, {"loss": {"gamma": 0.5}}, "loss.gamma: is no parameter of dpo, which has beta"),
     (DpoRun, {"loss": {"kind": "kto", "smoothing": 0.1}},
      "loss.smoothing: is no parameter of kto, which has beta, desirable_weight, undesirable_weight"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +15,7 @@ from mutants import survivors
 from preference_golden import LENGTHS, MAY, NEEDS, REFERENCE
 
 from grape import preference
-from grape.preference import bradley_terry_loss, kto_loss, pair_weights, preference_loss, ranking_loss
+from grape.preference import bradley_terry_loss, kto_loss, preference_loss, ranking_loss
 
 logps = st.lists(st.floats(-60, 0), min_size=5, max_size=5)
 betas = st.sampled_from([0.05, 0.1, 0.5, 2.0])
@@ -162,17 +161,6 @@ def test_the_gradient_of_dpo_weighs_a_pair_by_how_wrong_its_order_is(win, lose, 
 
 
 @settings(max_examples=50)
-@given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=30))
-def test_pair_weights_are_the_mean_over_prompts_of_the_mean_over_their_pairs(groups):
-    losses = [math.sin(number) for number in range(len(groups))]
-    means = [
-        sum(x for x, name in zip(losses, groups, strict=True) if name == group) / groups.count(group)
-        for group in set(groups)
-    ]
-    close(float((pair_weights(groups) * torch.tensor(losses)).sum()), sum(means) / len(means), 1e-6)
-
-
-@settings(max_examples=50)
 @given(st.integers(0, 10**6), st.integers(1, 7), st.integers(0, 5), st.data())
 def test_the_parts_of_a_batch_of_sft_add_up_however_they_are_cut(seed, rows, length, data):
     cuts = data.draw(st.lists(st.integers(0, rows), max_size=4))
@@ -231,8 +219,6 @@ DROPPED = [
     ("num_sequences=num_sequences, ", ""),
     (", num_tokens=num_tokens)", ")"),
     (".triu()", ".tril()"),
-    (" * len(pairs)", ""),
-    ("groups.tolist() if isinstance(groups, Tensor) else ", ""),
     ("-_wide(logits_N3)", "-logits_N3"),
     ("value.detach() for name, value in optional", "value for name, value in optional"),
     *[
