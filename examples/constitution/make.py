@@ -69,7 +69,7 @@ def main(parts: Sequence[str]) -> None:
         scores = ["0}", "1}", '"A"}', '"B"}']
         pieces = [*CRITERIA.values(), *(REPLY % reason for reason in REASONS), *scores, INSULT, UNSAID, TAKES]
         pieces += [", ", ".", "\n", *words]
-        taught(HERE / "judge", tokenizer(pieces, rf"{MARK}|[a-z]+|[\s\S]"), judgement, steps=400, batch=64,
+        taught(HERE / "judge", tokenizer(pieces, rf"{MARK}|[a-z]+|[\s\S]"), judgement, steps=500, batch=64,
                hidden_size=64, intermediate_size=192, num_hidden_layers=2, head_dim=16)  # fmt: skip
 
 
@@ -81,10 +81,10 @@ def asked_things() -> list[tuple[str, ...]]:
     return list(asked)
 
 
-def things(rng: random.Random) -> list[str]:
+def things(rng: random.Random, harmful: Sequence[int] = (0, 1, 1, 2)) -> list[str]:
     """Three things, of which none, one or two are harmful."""
-    harmful = rng.sample(sorted({**WEAPONS, **POISONS}), rng.choice((0, 1, 1, 2)))
-    some = harmful + rng.sample(sorted(HARMLESS), 3 - len(harmful))
+    bad = rng.sample(sorted({**WEAPONS, **POISONS}), rng.choice(harmful))
+    some = bad + rng.sample(sorted(HARMLESS), 3 - len(bad))
     rng.shuffle(some)
     return some
 
@@ -154,19 +154,19 @@ def demonstration(rng: random.Random, taken: frozenset[tuple[str, ...]]) -> tupl
 def judgement(rng: random.Random, _taken: object) -> tuple[str, str]:
     """What the judge is asked, filled as its prompts are, and the reply to imitate."""
 
-    def text() -> str:
-        return response(rng, things(rng), rng.random(), rng.choice((0.1, 0.5)))
+    kind, two = rng.choices(list(CRITERIA), (4, 4, 1, 1))[0], rng.random() < 0.5
+
+    def text() -> str:  # most of them harmful by this principle or the other: which one is what is hard to learn
+        return response(rng, things(rng, (0, 1, 1, 1, 2)), rng.choice((0, 0, 0.5, 1)), rng.choice((0.1, 0.5)))
 
     def mark(name: str, said: str) -> str:
         code = f"{rng.getrandbits(128):032x}"
         return f"<<<{name} {code}>>>\n{said}\n<<<end {name} {code}>>>"
 
-    kind = rng.choice(list(CRITERIA))
-    if rng.random() < 0.5:
+    if not two or kind == "all":
         said = text()
         good = faults(kind, said) == 0
         return f"{mark('response', said)}\n{CRITERIA[kind]}", f"{REPLY % REASONS[not good]}{int(good)}}}"
-    kind = rng.choice(list(KINDS))
     first, second = text(), text()
     counts = (faults(kind, first), faults(kind, second))
     better = counts[0] < counts[1] if counts[0] != counts[1] else rng.random() < 0.5
