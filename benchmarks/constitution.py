@@ -1,6 +1,6 @@
 """Whether the example of a constitution holds, seed by seed: held-out violations and helpfulness after each phase.
 
-    python benchmarks/constitution.py [--seeds 0 1 2 3 4] [--reward preferences] [FIELD=VALUE ...]
+    python benchmarks/constitution.py [FIELD=VALUE ...] [--reward preferences] [--seeds 0 1 2 3 4]
 
 The policy and the judge of examples/constitution are made first where they are not there. Every seed is a run of its
 own in a folder of its own; the figures are what SQL says of its log. Exit status 1 where a seed's violations do not

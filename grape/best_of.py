@@ -139,7 +139,7 @@ async def rejection_sampling(
         selected = await best_of(one, out=kept, resume=resume, report=report, **options)
         taught = recipe.model_copy(
             update={
-                "policy": recipe.policy.model_copy(update={"model": model}),
+                "policy": recipe.policy.model_copy(update={"model": model, **({"lora": None} if number > 1 else {})}),
                 "data": recipe.data.model_copy(update={"path": str(kept), "map": {}}),
                 "checkpoint": recipe.checkpoint.model_copy(update={"dir": str(folder / "policy")}),
             }

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from grape.batch import Judged, not_judged
@@ -16,6 +17,7 @@ from grape.errors import ConfigError
 from grape.judge.prompt import load_prompt
 from grape.panel import Panel
 from grape.plan import Plan
+from grape.records import Record
 from grape.resources import digest
 from grape.rollout import Finish, Rollout, positions
 from grape.sampler import Sampler
@@ -187,6 +189,23 @@ class Collector:
             )
         ids = self.answer_ids(asked.plan.question, asked.given or "")
         return Answered(asked=asked, token_ids=ids, logprobs=None, finish="stop", judged=judged)
+
+
+def drawn_row(run: str, step: int, asked: Question, response_id: str, drawn: Rollout, **more: Any) -> Record:
+    """A row of the log's `responses` for one that was drawn, whether or not anybody judges it."""
+    return {
+        "run": run,
+        "step": step,
+        "response_id": response_id,
+        "question_id": asked.question_id,
+        "category": asked.category,
+        "response": drawn.text,
+        "finish_reason": drawn.finish,
+        "num_tokens": len(drawn.token_ids),
+        "logprob_sampled": sum(drawn.logprobs),
+        "created": datetime.now(UTC),
+        **more,
+    }
 
 
 def sft_text(plan: Plan, field: str) -> str | None:

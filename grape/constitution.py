@@ -266,7 +266,7 @@ class Phases:
             asked = judges_of(load_rubrics(folder, judges=known.judges).values(), known)
             judges = {name: file for name, file in judges.items() if name in asked}
         update = {
-            "policy": {**config.policy.model_dump(), "model": model},
+            "policy": {**config.policy.model_dump(), "model": model, **({"lora": None} if config.supervised else {})},
             "rubrics": places,
             "judges": judges,
             "evaluate": config.evaluate if config.evaluate and config.evaluate.overlap == "drop" else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean, pstdev
 from typing import Any
 
-from grape.collect import Collector
+from grape.collect import Collector, drawn_row
 from grape.crew import all_done
 from grape.errors import GrapeError
 from grape.item import Item
@@ -110,17 +110,18 @@ class Feedback:
                      metadata=plan.question.metadata)
             for (plan, asked), rollout in zip(wanted, rollouts, strict=True)
         ]  # fmt: skip
-        now = datetime.now(UTC)
         rows = [
-            {
-                "run": self.run, "step": number, "response_id": asked.response_id,
-                "question_id": plan.question.question_id, "category": plan.question.category,
-                "response": rollout.text, "route": "fresh", "prompt_hash": asked.prompt_hash,
-                "finish_reason": rollout.finish, "num_tokens": len(rollout.token_ids),
-                "logprob_sampled": sum(rollout.logprobs), "created": now,
-            }
+            drawn_row(
+                self.run,
+                number,
+                plan.question,
+                asked.response_id,
+                rollout,
+                route="fresh",
+                prompt_hash=asked.prompt_hash,
+            )
             for (plan, asked), rollout in zip(wanted, rollouts, strict=True)
-        ]  # fmt: skip
+        ]
         kept = self._config.truncation.how == "keep"
         twos = [
             Two(plan=wanted[place][0], item=self._principle(wanted[place][0], responses[place]),

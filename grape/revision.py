@@ -14,7 +14,7 @@ from time import perf_counter
 
 from grape.batch import settle
 from grape.chat import turns_of
-from grape.collect import Collector
+from grape.collect import Collector, drawn_row
 from grape.errors import JudgeError
 from grape.item import Item
 from grape.judge.critic import Critic
@@ -26,7 +26,7 @@ from grape.principles import Step, drawn, frames, principles, request
 from grape.records import Record, reward_row, step_row, verdict_rows
 from grape.rollout import Rollout
 from grape.step import StepReport
-from grape.types import Message, Question, Response
+from grape.types import Message, Response
 
 logger = logging.getLogger("grape")
 
@@ -144,7 +144,9 @@ class Revisions:
         asked = [self._collector.fresh(chain.plan, chain.named(0)) for chain in chains]
         rollouts = await self._collector.drawn([one.prompt_ids for one in asked], *self._seed(round, number, "asked"))
         rows = [
-            {**self._row(chain, 0, rollout.text, rollout), "route": "fresh", "prompt_hash": one.prompt_hash}
+            drawn_row(
+                self._run, 0, chain.plan.question, one.response_id, rollout, route="fresh", prompt_hash=one.prompt_hash
+            )
             for one, chain, rollout in zip(asked, chains, rollouts, strict=True)
         ]
         made = [replace(chain, text=rollout.text) for chain, rollout in zip(chains, rollouts, strict=True)]
@@ -170,8 +172,7 @@ class Revisions:
                 continue
             results[places[place]] = said.text
             made.append(replace(chain, round=round, text=said.text))
-            row = self._row(chain, round, said.text, said.rollout)
-            responses.append({**row, "route": "improve", "parent_id": chain.response_id})
+            responses.append(self._row(chain, round, said))
             rows.append(self._revision(chain, round, item, texts[place], said.text))
         self._store.append(responses=responses, revisions=rows, **await self._scored(round, made))
         return results
@@ -229,17 +230,15 @@ class Revisions:
     def _seed(self, round: int, number: int, what: str) -> tuple[object, ...]:
         return (self._config.seed, "constitution", round, number, what)
 
-    def _row(self, chain: Chain, round: int, text: str, rollout: Rollout | None) -> Record:
-        """A row of the log's `responses`; its step is the round."""
-        drawn = {
-            "finish_reason": rollout.finish,
-            "num_tokens": len(rollout.token_ids),
-            "logprob_sampled": sum(rollout.logprobs),
-        } if rollout else {}  # fmt: skip
-        question: Question = chain.plan.question
+    def _row(self, chain: Chain, round: int, said: Said) -> Record:
+        """A row of the log's `responses` for a revision; its step is the round."""
+        question, name = chain.plan.question, chain.named(round)
+        more = {"route": "improve", "parent_id": chain.response_id}
+        if said.rollout is not None:
+            return drawn_row(self._run, round, question, name, said.rollout, **more)
         return {
-            "run": self._run, "step": round, "response_id": chain.named(round), "question_id": question.question_id,
-            "category": question.category, "response": text, "created": datetime.now(UTC), **drawn,
+            "run": self._run, "step": round, "response_id": name, "question_id": question.question_id,
+            "category": question.category, "response": said.text, "created": datetime.now(UTC), **more,
         }  # fmt: skip
 
     def _revision(self, chain: Chain, round: int, item: Item, critique: str, revision: str) -> Record:

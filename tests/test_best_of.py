@@ -137,6 +137,13 @@ def test_rounds_of_rejection_sampling_raise_what_the_rubric_asks_for_and_resume(
 
 
 @pytest.mark.slow
+def test_rounds_go_on_with_the_adapters_of_the_first(tmp_path):
+    recipe = load_recipe(SftRun, lesson(tmp_path), ["policy.lora={r: 2}"])
+    done = asyncio.run(rejection_sampling(load_run(apprentice(tmp_path)), recipe, 2))
+    assert [(two.folder / "adapter_model.safetensors").is_file() for _, two in done] == [True, True]
+
+
+@pytest.mark.slow
 def test_the_rounds_of_the_quickstart_learn_on_its_words_and_on_held_out_ones(tmp_path, monkeypatch):
     """A part of its words, without the judge."""
     monkeypatch.chdir(ROOT)

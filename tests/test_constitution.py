@@ -281,6 +281,17 @@ def test_a_run_that_is_killed_anywhere_ends_as_one_that_never_was(tmp_path, monk
 
 
 @pytest.mark.slow
+def test_adapters_of_the_supervised_phase_are_those_that_the_rl_phase_goes_on_with(home):
+    with JudgeServer(just) as server:
+        done = run(believer(home, server.url, policy={"lora": {"r": 2}}, feedback={"reward": "principles"}))
+    first, last = (
+        load_file(Path(folder) / "adapter_model.safetensors") for folder in (done.supervised.folder, done.policy)
+    )
+    assert first.keys() == last.keys()
+    assert any(not first[name].equal(last[name]) for name in first)
+
+
+@pytest.mark.slow
 def test_what_changed_since_is_told_and_another_run_needs_a_folder_of_its_own(home):
     with JudgeServer(just) as server:
         path = believer(home, server.url)
