@@ -30,7 +30,7 @@ from grape.resources import digest
 from grape.run import hold, new_name
 from grape.sampler import Sampler
 from grape.scoring import make_critics
-from grape.selection import best, best_of_kl, majority, pass_at, top
+from grape.selection import ROUNDING, best, best_of_kl, majority, pass_at, top
 from grape.step import StepReport
 from grape.training import Report
 from grape.tuning import Tuned, tune
@@ -201,7 +201,9 @@ def _select(
         kept = [known[place] for place in places]
     if min_reward is not None:
         kept = [place for place in kept if rewards[place] >= min_reward]
-    right = Counter(group for group, (*_, weighted) in zip(groups, found, strict=True) if (weighted or 0) >= solved)
+    right = Counter(
+        group for group, (*_, weighted) in zip(groups, found, strict=True) if (weighted or 0) >= solved - ROUNDING
+    )
     sizes, count = Counter(groups), config.sampling.responses
     given = [reward for *_, reward, _ in found if reward is not None]
     return Selected(

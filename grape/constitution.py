@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 from grape.checkpoint import Checkpoints
 from grape.collect import Collector
-from grape.config import CheckpointConfig, PolicyConfig, RunConfig
+from grape.config import CheckpointConfig
 from grape.errors import ConfigError, GrapeError
-from grape.feedback import Feedback, spread_of
+from grape.feedback import Feedback
 from grape.heldout import Heldout, apart_from_heldout
 from grape.judge.critic import Critic
 from grape.judge.jury import Jury
-from grape.lessons import read_lessons
 from grape.log import Log
 from grape.material import Material, identity, make_accelerator, read_material, run_row
-from grape.output import ASKED, MESSAGES, NUMBER, TEXT, write_rows
+from grape.output import ASKED, NUMBER, TEXT, write_rows
 from grape.panel import Panel
 from grape.phases import ConstitutionRun, load_phases
 from grape.policy import load_policy
-from grape.principles import FIELDS, check_principles, common_judge, judges_of, principles, write_folded
+from grape.principles import FIELDS, check_principles, principles
 from grape.ranks import Ranks
-from grape.recipes import ChatDataConfig, DataConfig, RewardModelRun, SftRun
+from grape.recipes import RewardModelRun, SftRun
 from grape.records import Record
 from grape.resources import digest, find, read_text
-from grape.revision import Chain, Revisions, taught
-from grape.rubric import load_rubrics
+from grape.revision import Chain, Revisions
+from grape.rl_phase import look_at_files, preference_run, training_run
 from grape.run import hold, new_name
 from grape.sampler import Sampler
 from grape.scoring import make_critics
+from grape.sft_phase import COLUMNS, mixed, sft_run, taught
 from grape.step import StepReport
 from grape.training import Trained, train
 from grape.tuning import Tuned, tune
@@ -41,7 +41,12 @@ from grape.tuning import Tuned, tune
 if TYPE_CHECKING:
     from grape.sandbox import Sandbox
 
-SAMPLED = 256  # pairs whose values calibrate a preference model
+PREFERRING = "preference-model"
+PAIR_COLUMNS = {
+    **dict.fromkeys(("question_id", "chosen", "rejected", "item"), TEXT),
+    "question": ASKED,
+    "probability": NUMBER,
+}
 Told = Callable[[str, StepReport], None]  # the phase, and a step of it
 
 
@@ -110,6 +115,10 @@ class Phases:
         self._folder = Path(config.checkpoint.dir)
         self._material = apart_from_heldout(config, read_material(config, config.questions, also=config.asked))
         check_principles(config, self._material)
+        if config.feedback and config.questions.difficulty is None:
+            self._material.order()  # too few questions are an error now
+        look_at_files(config)
+        self._mixed = mixed(config.supervised) if config.supervised else []
         parts = identity(config, self._material)
         for name in (*(f"principle/{step}" for step in FIELDS), "pair"):
             parts[f"prompt {name}"] = digest(read_text(find("prompts", name)))
@@ -118,38 +127,63 @@ class Phases:
         self._heldout: dict[int, dict[str, float]] = {}
 
     async def run(self) -> Constituted:
-        """All of them."""
-        model, chains, supervised, reward_model, trained = self._config.policy.model, list[Chain](), None, None, None
-        preferences = list[Record]()
-        async with self._asking(model) as asking:
-            self._checkpoints.claim(self._name, self._parts)
-            self._claim(asking, self._name, "constitution")
-            await self._evaluated(asking, 0)
-            if self._config.supervised:
-                chains = await self._chains(asking)
+        """All of them. Each lets go of its policy before the next loads its own."""
+        model, feedback = self._config.policy.model, self._config.feedback
+        supervised = reward_model = trained = None
+        chains, rows = await self._before(model)
         if self._config.supervised:
-            supervised = self._taught(chains)
+            supervised = self._taught(rows)
             model = str(supervised.folder)
-        feedback = self._config.feedback
         compared = feedback is not None and feedback.reward == "preferences"
-        if compared or (supervised and self._config.evaluate):
-            async with self._asking(model) as asking:
-                if supervised:
-                    await self._evaluated(asking, 1)
-                if compared:
-                    preferences = await self._compared(asking)
+        preferences = await self._between(model, compared=compared)
         if feedback:
             reward_model = self._preferring(model, preferences) if compared else None
             trained = await self._trained(model, reward_model, preferences)
             model = str(trained.folder)
-            if self._config.evaluate:
-                async with self._asking(model) as asking:
-                    await self._evaluated(asking, 2)
+            await self._after(model)
         return Constituted(
             run=self._name, policy=model, chains=sum(bool(principles(chain.plan)) for chain in chains),
             revised=sum(chain.round > 0 for chain in chains), preferences=len(preferences), supervised=supervised,
             model=reward_model, trained=trained, heldout=self._heldout,
         )  # fmt: skip
+
+    async def _before(self, model: str) -> tuple[list[Chain], list[Record]]:
+        """The chains of revisions, and what SFT is to learn."""
+        async with self._asking(model) as asking:
+            self._checkpoints.claim(self._name, self._parts)
+            self._claim(asking, self._name, "constitution")
+            await self._evaluated(asking, 0)
+            if not self._config.supervised:
+                return [], []
+            critics = {name: critic for name, critic in asking.critics.items() if isinstance(critic, Critic)}
+            parts = (asking.store, asking.collector, asking.material, critics, self._told("revision"))
+            chains = await Revisions(self._config, self._name, *parts).run()
+            whole = self._config.truncation.how != "keep"
+            return chains, taught(chains, lambda plan: asking.collector.system(plan)[0], whole=whole)
+
+    async def _between(self, model: str, *, compared: bool) -> list[Record]:
+        """The held-out questions after the supervised phase, and pairs of responses that the judge has labelled."""
+        if not (compared or (self._config.supervised and self._config.evaluate)):
+            return []
+        async with self._asking(model) as asking:
+            if self._config.supervised:
+                await self._evaluated(asking, 1)
+            if not compared:
+                return []
+            parts = (asking.store, asking.collector, asking.material, asking.critics)
+            feedback = Feedback(self._config, self._name, *parts)
+            self._claim(asking, feedback.run, "feedback")
+            report, count = self._told("feedback"), len(feedback.batches)
+            for number in range(1, count + 1):
+                clock = perf_counter()
+                await feedback.compared(number)
+                report(StepReport(step=number, steps=count, metrics={}, seconds=perf_counter() - clock))
+            return feedback.rows()
+
+    async def _after(self, model: str) -> None:
+        if self._config.evaluate:
+            async with self._asking(model) as asking:
+                await self._evaluated(asking, 2)
 
     @asynccontextmanager
     async def _asking(self, model: str) -> AsyncIterator[Asking]:
@@ -158,7 +192,9 @@ class Phases:
             store = stack.enter_context(Log(config.log))
             stack.enter_context(hold(store, self._name))
             policy = load_policy(model, dtype=config.policy.dtype, device=str(accelerator.device))
-            sampler = Sampler(policy, config, accelerator, training=False)
+            sampler = Sampler(policy, config, accelerator, training=config.feedback is not None)
+            if sampler.served:
+                stack.callback(sampler.served.close)
             critics = make_critics(self._material.judges, store, self._name)
             panel = await stack.enter_async_context(Panel(critics, self._sandbox))
             panel.check(self._material.plans.values())
@@ -181,99 +217,31 @@ class Phases:
             async with Heldout(self._config, self._name, store, collector, material, self._sandbox) as heldout:
                 self._heldout[phase] = await heldout.evaluate(phase)
 
-    async def _chains(self, asking: Asking) -> list[Chain]:
-        critics = {name: critic for name, critic in asking.critics.items() if isinstance(critic, Critic)}
-        revisions = Revisions(
-            self._config, self._name, asking.store, asking.collector, asking.material, critics, self._told("revision")
-        )
-        return await revisions.run()
-
-    def _taught(self, chains: Sequence[Chain]) -> Tuned:
+    def _taught(self, rows: list[Record]) -> Tuned:
         """SFT on the last revisions, the policy's own helpful responses, and what is mixed in."""
-        config, supervised = self._config, self._config.supervised
-        assert supervised is not None, "the phase is asked for"
-        rows = taught(chains)
         if not rows:
             raise GrapeError("supervised: no response was revised, so there is nothing to teach")
-        mixed = read_lessons(supervised.mix, "chats").lessons if supervised.mix else ()
-        rows += [
-            {
-                "question_id": f"mix-{one.group}",
-                "category": None,
-                "messages": [*one.prompt, {"role": "assistant", "content": one.responses[0]}],
-                "response_id": None,
-            }
-            for one in mixed
-        ]
         file = self._folder / "revised.jsonl"
-        write_rows(file, rows, {"question_id": TEXT, "category": TEXT, "messages": MESSAGES, "response_id": TEXT})
-        recipe = SftRun(
-            policy=config.policy.model_copy(update={"shard": False}),
-            data=ChatDataConfig(path=str(file)),
-            loss=supervised.loss,
-            optimizer=supervised.optimizer,
-            heldout=supervised.heldout,
-            **self._shared("supervised"),
-        )
-        return self._tuned(recipe, "supervised")
-
-    async def _compared(self, asking: Asking) -> list[Record]:
-        """Pairs of responses, labelled by the judge."""
-        feedback = Feedback(
-            self._config, self._name, asking.store, asking.collector, asking.material, asking.critics
-        )  # fmt: skip
-        self._claim(asking, feedback.run, "feedback")
-        report, count = self._told("feedback"), len(feedback.batches)
-        for number in range(1, count + 1):
-            clock = perf_counter()
-            await feedback.compared(number)
-            report(StepReport(step=number, steps=count, metrics={}, seconds=perf_counter() - clock))
-        return feedback.rows()
+        write_rows(file, [*rows, *self._mixed], COLUMNS)
+        return self._tuned(sft_run(self._config, file, **self._shared("supervised")), "supervised")
 
     def _preferring(self, model: str, rows: Sequence[Record]) -> Tuned:
         """A preference model of the judge's labels."""
-        config, feedback = self._config, self._config.feedback
-        assert feedback is not None, "the phase is asked for"
         if not rows:
             raise GrapeError("feedback: the judge preferred no response, so there is nothing to learn")
         file = self._folder / "preferences.jsonl"
-        write_rows(file, rows, {**dict.fromkeys(("question_id", "chosen", "rejected", "item"), TEXT), "question": ASKED,
-                                "probability": NUMBER})  # fmt: skip
-        own = PolicyConfig(
-            model=model, dtype=config.policy.dtype, gradient_checkpointing=config.policy.gradient_checkpointing
-        )
-        recipe = RewardModelRun(
-            policy=feedback.policy or own,
-            data=DataConfig(path=str(file)),
-            optimizer=feedback.optimizer,
-            heldout=feedback.heldout,
-            **self._shared("preference-model"),
-        )
-        return self._tuned(recipe, "preference-model")
+        write_rows(file, rows, PAIR_COLUMNS)
+        return self._tuned(preference_run(self._config, model, file, **self._shared(PREFERRING)), PREFERRING)
 
     async def _trained(self, model: str, preferring: Tuned | None, rows: Sequence[Record]) -> Trained:
-        """`grape train` on the constitution's rubrics, or on those that have its principles as one item."""
-        config, feedback, known = self._config, self._config.feedback, self._material
-        assert feedback is not None, "the phase is asked for"
-        places, judges = config.rubrics, dict(config.judges)
-        if feedback.reward != "principles":
-            flow: dict[str, Any] = {"judge": feedback.judge or common_judge(known), "scale": "unit"}
-            if preferring:
-                mean, std = await spread_of(preferring.folder, rows[:SAMPLED])
-                flow = {"reward_model": str(preferring.folder), "calibrate": {"mean": mean, "std": std}}
-            folder = write_folded(known.rubrics.values(), flow, self._folder / "rubrics", known.judges)
-            places = str(folder)
-            asked = judges_of(load_rubrics(folder, judges=known.judges).values(), known)
-            judges = {name: file for name, file in judges.items() if name in asked}
-        update = {
-            "policy": {**config.policy.model_dump(), "model": model, **({"lora": None} if config.supervised else {})},
-            "rubrics": places,
-            "judges": judges,
-            "evaluate": config.evaluate if config.evaluate and config.evaluate.overlap == "drop" else None,
-            "checkpoint": self._checkpoint("policy").model_dump(),
-        }
-        again = RunConfig.model_validate({**config.model_dump(include=set(RunConfig.model_fields)), **update})
-        return await train(again, sandbox=self._sandbox, report=self._told("training"), **self._going_on("policy"))
+        """`grape train` on what the principles reward; what is held out is asked by this run."""
+        checkpoint = self._checkpoint("policy").model_dump()
+        folder = preferring.folder if preferring else None
+        run = await training_run(
+            self._config, self._material, self._folder, model, folder, rows, checkpoint=checkpoint
+        )  # fmt: skip
+        more = self._going_on("policy")
+        return await train(run, sandbox=self._sandbox, report=self._told("training"), evaluating=False, **more)
 
     def _tuned(self, recipe: SftRun | RewardModelRun, phase: str) -> Tuned:
         return tune(recipe, report=self._told(phase), **self._going_on(phase))

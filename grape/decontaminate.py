@@ -1,9 +1,9 @@
 """Questions that are taught and held out alike: found by the 8-grams of words that they share, and never in silence.
 
 What is held out measures memory where it was taught. Word for word is not needed: a question is found in another one
-where more than half of its words stand in 8-grams of both (Lambert et al. 2024, Tülu 3, section 3.2), or where the two
-are equal. Words are lower-cased, without punctuation. A wording that more than a tenth of the held-out questions share
-is a form that they are asked in: it tells nothing, and is left out of the half.
+where more than half of its words stand in 8-grams of both, or where the two are equal. Words are lower-cased, without
+punctuation. A wording that more than a tenth of the held-out questions share is a form that they are asked in: it tells
+nothing, and is left out of the half. Text without spaces between words is found only where it is equal.
 """
 
 from __future__ import annotations
@@ -90,6 +90,8 @@ def asked(turns: str | Sequence[Mapping[str, Any]]) -> str:
 def without(rows: list[dict[str, Any]], path: str | Path) -> list[dict[str, Any]]:
     """Those of the rows (with a question or messages) in which no question of a file is found."""
     heldout = [asked(text) for _, text in _of_file(path)]
+    if not heldout:
+        raise ConfigError(f"{path}: no rows")
     found = overlaps([asked(row.get("question") or row.get("messages") or "") for row in rows], heldout)
     return [row for place, row in enumerate(rows) if place not in found]
 
@@ -100,7 +102,8 @@ def _of_file(path: str | Path) -> Iterator[tuple[str, Any]]:
             raise row
         text = (row.get("question") or row.get("messages")) if isinstance(row, Mapping) else None
         turns = isinstance(text, list) and all(
-            isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in text
+            isinstance(turn, Mapping) and {"role", "content"} <= set(turn) and isinstance(turn["content"], str)
+            for turn in text
         )
         if not (isinstance(text, str) or turns):
             raise ConfigError(f"{place}: needs a question or messages (got {one_line(repr(row), 60)})")

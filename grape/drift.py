@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grape.errors import ConfigError
-from grape.selection import pass_at
+from grape.selection import ROUNDING, pass_at
 from grape.stored import Reader, open_log, reading, run_of
 
 ROWS = 20  # of the table on the terminal
@@ -131,7 +131,12 @@ def _judged(log: Reader, run: str) -> str:
     )
     if len(rows) < 2:
         return "nothing is held out: evaluate.questions asks what no step has seen, evaluate.judges has others judge it"
-    other = [name for name, own, held in zip(("rubrics", "judges"), *rows, strict=True) if own != held]
+    (rubrics, judges), (held_rubrics, held_judges) = ([json.loads(text) for text in row] for row in rows)
+    shared = rubrics.keys() & held_rubrics.keys()  # a run has those of its own questions' categories
+    other = ["rubrics"] * (
+        (bool(held_rubrics) and not shared) or any(rubrics[name] != held_rubrics[name] for name in shared)
+    )
+    other += ["judges"] * any(judges.get(name) != judge for name, judge in held_judges.items())
     return f"held out by other {' and '.join(other)}" if other else "held out by the rubrics and judges of the training"
 
 
@@ -152,7 +157,9 @@ def _point(step: int, near: Sequence[Point], scores: Scores, solved: float) -> P
     shares = {}
     for k in (2**power for power in range(most.bit_length())):
         shares[k] = fmean(
-            pass_at(k, len(some), sum(one >= solved for one in some)) for some in scores.values() if len(some) >= k
+            pass_at(k, len(some), sum(one >= solved - ROUNDING for one in some))
+            for some in scores.values()
+            if len(some) >= k
         )
     return Point(
         step=step, kl=fmean(kls) if kls else None, training=fmean(trained) if trained else None,

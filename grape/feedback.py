@@ -172,7 +172,7 @@ class Feedback:
                 "rejected": texts[rejected], "probability": clamped(probability, 1 - sure, sure), "item": item,
             }
             for question_id, chosen, rejected, item, probability in found
-            if texts[chosen].strip()
+            if question_id in questions and texts[chosen].strip()
         ]  # fmt: skip
 
 

@@ -83,6 +83,8 @@ class ConstitutionRun(RunConfig):
             raise ValueError(".feedback.policy: with policy.lora it is needed: a reward model is trained whole")
         if feedback and feedback.policy and feedback.policy.lora:
             raise ValueError(".feedback.policy.lora: a reward model is trained whole")
+        if feedback and feedback.policy and feedback.policy.shard:
+            raise ValueError(".feedback.policy.shard: is for grape train")
         return self
 
     @property

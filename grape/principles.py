@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 from grape.errors import ConfigError
 from grape.formats.files import write, yaml_text
-from grape.item import Item, flatten
+from grape.item import Item, paths
 from grape.judge.pair import worded
 from grape.judge.prompt import Prompt, load_prompt, well_formed
 from grape.material import Material
 from grape.phases import ConstitutionRun
 from grape.plan import Plan
 from grape.resources import read_text
-from grape.rubric import Rubric, dump_rubric, load_rubric
+from grape.rubric import Rubric, dump_rubric, load_rubric, parse_rubric
 from grape.scoring import asks
 from grape.types import Message
 
@@ -56,14 +56,15 @@ def request(
     return frame.messages(**shown, request=asked, criterion=item.criterion, marked=mark is not None)
 
 
-def folded(rubric: Rubric, flow: Mapping[str, Any]) -> dict[str, Any]:
+def folded(rubric: Rubric, flow: Mapping[str, Any], taken: Collection[str] = ()) -> dict[str, Any]:
     """A rubric whose principles are one item that is scored by ``flow``, with the weight that they had together.
 
     Principles that hold for other questions (`applies_when`) are an item of their own. The other items stay as they
-    are. ConfigError for a principle within a group: its share of the weight is the group's.
+    are, and the new ones have ids that are not ``taken``. ConfigError for a principle within a group, whose share of
+    the weight is the group's, and for one with a gate, which one item cannot be for several.
     """
     data = dump_rubric(rubric)
-    taken = {item.id for item in rubric.items if item.principle is None}
+    taken = {*taken, *(item.id for _, item in paths("items", rubric.items) if item.principle is None)}
     kept, groups = [], dict[str, list[Item]]()
     for item, plain in zip(rubric.items, data.pop("items"), strict=True):
         if _within(item.items or []):
@@ -74,6 +75,8 @@ def folded(rubric: Rubric, flow: Mapping[str, Any]) -> dict[str, Any]:
         if item.principle is None:
             kept.append(plain)
             continue
+        if item.gate:
+            raise ConfigError(f"{rubric.source}: item {item.id!r} is a principle with a gate, which one item cannot be")
         groups.setdefault(json.dumps(plain.get("applies_when"), sort_keys=True), []).append(item)
     data.pop("cases", None)  # they say what the principles' own items score
     for when, items in groups.items():
@@ -98,16 +101,25 @@ def _one(items: Sequence[Item], when: Any, flow: Mapping[str, Any], taken: set[s
     return {**made, "applies_when": when} if when else made
 
 
-def write_folded(rubrics: Iterable[Rubric], flow: Mapping[str, Any], folder: Path, judges: Collection[str]) -> Path:
-    """The rubrics with their principles as one item, as files that `grape train` reads; the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for rubric in rubrics:
-        file = folder / f"{rubric.rubric}.yaml"
-        text = yaml_text(folded(rubric, flow))
+def write_folded(known: Material, flow: Mapping[str, Any], folder: Path) -> Path:
+    """The rubrics with their principles as one item, as files that `grape train` reads, and no others; the folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in set(folder.glob("*.yaml")) - {folder / f"{one.rubric}.yaml" for one in known.rubrics.values()}:
+            file.unlink()
+    except OSError as error:
+        raise ConfigError(f"{folder}: {error.strerror}") from error
+    for rubric in known.rubrics.values():
+        file, text = folder / f"{rubric.rubric}.yaml", yaml_text(folded(rubric, flow, own_ids(known)))
         if not file.is_file() or read_text(file) != text:
             write(file, text)
-        load_rubric(file, judges=judges)
+        load_rubric(file, judges=known.judges)
     return folder
+
+
+def own_ids(known: Material) -> set[str]:
+    """The ids of the items that questions bring themselves."""
+    return {item.id for items in known.questions.rows.items.values() for _, item in paths("items", items)}
 
 
 def check_principles(config: ConstitutionRun, material: Material) -> None:
@@ -127,8 +139,15 @@ def check_principles(config: ConstitutionRun, material: Material) -> None:
     feedback = config.feedback
     if feedback is None or feedback.reward == "principles":
         return
+    for question_id, items in material.questions.rows.items.items():
+        if brought := [item.id for _, item in paths("items", items) if item.principle is not None]:
+            place = material.questions.rows.places[question_id]
+            raise ConfigError(
+                f"{place}: item {brought[0]!r}: a principle of a row goes with feedback.reward: principles"
+            )
     for rubric in material.rubrics.values():
-        folded(rubric, {"judge": "default"})
+        made = folded(rubric, {"reward_model": "value"}, own_ids(material))
+        parse_rubric(made, rubric.source, judges=material.judges)
     if feedback.judge is None and feedback.reward == "judge":
         common_judge(material)
     if feedback.judge is None and (unjudged := next((item for item in some if item.judge is None), None)):
@@ -144,9 +163,9 @@ def common_judge(material: Material) -> str:
     return name
 
 
-def judges_of(rubrics: Iterable[Rubric], material: Material) -> set[str]:
-    """The judges that rubrics ask, and those that they ask."""
-    names = {leaf.judge for rubric in rubrics for leaf in flatten(rubric.items) if leaf.judge}
-    while more := {other for name in names if name in material.judges for other in asks(material.judges[name])} - names:
-        names |= more
-    return names
+def judges_of(names: Collection[str], material: Material) -> set[str]:
+    """Judges, and those that they ask."""
+    found = set(names)
+    while more := {other for name in found if name in material.judges for other in asks(material.judges[name])} - found:
+        found |= more
+    return found

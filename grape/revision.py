@@ -13,7 +13,6 @@ from statistics import fmean
 from time import perf_counter
 
 from grape.batch import settle
-from grape.chat import turns_of
 from grape.collect import Collector, drawn_row
 from grape.errors import JudgeError
 from grape.item import Item
@@ -35,12 +34,14 @@ Chats = Sequence[tuple[Message, ...]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """A response as it is after some rounds. ``round`` is the last in which it was revised: 0 for the initial one."""
+    """A response as it is after some rounds. ``round`` is the last in which it was revised: 0 for the initial one,
+    which may be ``cut`` off."""
 
     plan: Plan
     number: int
-    round: int
-    text: str
+    round: int = 0
+    text: str = ""
+    cut: bool = False
 
     @property
     def response_id(self) -> str:
@@ -86,20 +87,18 @@ class Revisions:
         self._critics = critics
         self._report = report
         self._frames = frames()
-        self._known: dict[tuple[int, str], str] = {
-            (step, response_id): text
-            for step, response_id, text in store.query(
-                "select step, response_id, response from responses where run = ?", [run]
-            )
-        }
+        stored = "select step, response_id, response, finish_reason = 'length' from responses where run = ?"
+        self._known = {(step, name): (text, bool(cut)) for step, name, text, cut in store.query(stored, [run])}
+        tried = store.query("select round, parent_id from revisions where run = ?", [run])
+        self._tried: set[tuple[int, str]] = {(round, parent) for round, parent in tried}
 
     async def run(self) -> list[Chain]:
         """Every chain after its last round, in the order of the questions."""
         few, rounds = self._config.sampling.questions, self._supervised.rounds
         plans = list(self._material.plans.values())
         batches = [plans[start : start + few] for start in range(0, len(plans), few)]
-        chains = [self._begun(batch) for batch in batches]
         logged = {step for (step,) in self._store.query("select step from steps where run = ?", [self._run])}
+        chains = [self._begun(batch, whole=0 in logged) for batch in batches]
         for round in range(rounds + 1):
             started, failures = datetime.now(UTC), Counter[str]()
             for number, batch in enumerate(chains):
@@ -117,29 +116,28 @@ class Revisions:
                 self._close(round, [chain for batch in chains for chain in batch], started, failures)
         return [chain for batch in chains for chain in batch]
 
-    def _begun(self, plans: Sequence[Plan]) -> list[Chain]:
+    def _begun(self, plans: Sequence[Plan], *, whole: bool) -> list[Chain]:
+        """The chains of a batch; once the first round is ``whole``, those that it began."""
         counts = [self._supervised.responses if principles(plan) else self._supervised.helpful for plan in plans]
-        return [
-            Chain(plan=plan, number=number, round=0, text="")
-            for plan, count in zip(plans, counts, strict=True)
-            for number in range(count)
-        ]
+        chains = [Chain(plan=plan, number=n) for plan, count in zip(plans, counts, strict=True) for n in range(count)]
+        return [chain for chain in chains if not whole or (0, chain.response_id) in self._known]
 
     async def _round(
         self, round: int, number: int, chains: Sequence[Chain], failures: Counter[str], *, known: bool
     ) -> list[Chain]:
-        """The chains of a batch after a round: from the log, where it has any of them."""
+        """The chains of a batch after a round: from the log, where it has tried any of them."""
         stored = [self._known.get((round, chain.named(round))) for chain in chains]
-        if not known and all(text is None for text in stored):
+        tried = any(one is not None for one in stored) or any((round, c.response_id) in self._tried for c in chains)
+        if not (known or tried):
             stored = await (self._revised if round else self._initial)(round, number, chains, failures)
         return [
-            chain if text is None else replace(chain, round=round, text=text)
-            for chain, text in zip(chains, stored, strict=True)
+            chain if one is None else replace(chain, round=round, text=one[0], cut=one[1])
+            for chain, one in zip(chains, stored, strict=True)
         ]
 
     async def _initial(
         self, round: int, number: int, chains: Sequence[Chain], failures: Counter[str]
-    ) -> list[str | None]:
+    ) -> list[tuple[str, bool] | None]:
         """The first responses."""
         asked = [self._collector.fresh(chain.plan, chain.named(0)) for chain in chains]
         rollouts = await self._collector.drawn([one.prompt_ids for one in asked], *self._seed(round, number, "asked"))
@@ -151,11 +149,11 @@ class Revisions:
         ]
         made = [replace(chain, text=rollout.text) for chain, rollout in zip(chains, rollouts, strict=True)]
         self._store.append(responses=rows, **await self._scored(0, made))
-        return [chain.text for chain in made]
+        return [(rollout.text, rollout.finish == "length") for rollout in rollouts]
 
     async def _revised(
         self, round: int, number: int, chains: Sequence[Chain], failures: Counter[str]
-    ) -> list[str | None]:
+    ) -> list[tuple[str, bool] | None]:
         """What the responses become in a round; None where one stays as it was."""
         places = [place for place, chain in enumerate(chains) if principles(chain.plan)]
         some = [chains[place] for place in places]
@@ -165,15 +163,15 @@ class Revisions:
         revisions = await self._said("revision", round, number, some, items, texts)
         self._collector.panel.see_budgets()
         responses, rows, made = list[Record](), list[Record](), list[Chain]()
-        results: list[str | None] = [None] * len(chains)
+        results: list[tuple[str, bool] | None] = [None] * len(chains)
         for place, (chain, item, said) in enumerate(zip(some, items, revisions, strict=True)):
+            rows.append(self._revision(chain, round, item, texts.get(place), said.text))
             if said.text is None:
                 failures[critiques[place].failed or said.failed] += 1
                 continue
-            results[places[place]] = said.text
+            results[places[place]] = (said.text, False)
             made.append(replace(chain, round=round, text=said.text))
             responses.append(self._row(chain, round, said))
-            rows.append(self._revision(chain, round, item, texts[place], said.text))
         self._store.append(responses=responses, revisions=rows, **await self._scored(round, made))
         return results
 
@@ -241,11 +239,11 @@ class Revisions:
             "category": question.category, "response": said.text, "created": datetime.now(UTC), **more,
         }  # fmt: skip
 
-    def _revision(self, chain: Chain, round: int, item: Item, critique: str, revision: str) -> Record:
-        """A row of the log's `revisions`."""
+    def _revision(self, chain: Chain, round: int, item: Item, critique: str | None, revision: str | None) -> Record:
+        """A row of the log's `revisions`, also of an attempt that came to nothing."""
         return {
             "run": self._run, "question_id": chain.plan.question.question_id, "round": round,
-            "parent_id": chain.response_id, "response_id": chain.named(round), "item": item.id,
+            "parent_id": chain.response_id, "response_id": revision and chain.named(round), "item": item.id,
             "criterion": item.criterion, "critique": critique, "revision": revision, "created": datetime.now(UTC),
         }  # fmt: skip
 
@@ -268,6 +266,9 @@ class Revisions:
         metrics = {"revised": changed} if round else {}
         row = step_row(self._run, round, (), (), started)
         counts = {"num_questions": len({chain.plan.question.question_id for chain in chains})}
+        seen = "select count(*), count(*) filter (outcome not in ('ok', 'skipped')) from verdicts where applicable and "
+        found = self._store.query(f"{seen} run = ? and step = ?", [self._run, round])
+        counts["num_verdicts"], counts["num_failed"] = found[0]
         counts["num_responses"] = sum(chain.round == round for chain in chains)
         self._store.append(steps=[{**row, **counts, "metrics": json.dumps(metrics)}])
         if failures:
@@ -282,17 +283,3 @@ def _by(rollout: Rollout, step: Step, *, whole: bool) -> Said:
     if whole and rollout.finish != "stop":
         return Said(failed=f"{step}: cut off")
     return Said(text=rollout.text, rollout=rollout) if rollout.text.strip() else Said(failed=f"{step}: empty")
-
-
-def taught(chains: Sequence[Chain]) -> list[Record]:
-    """Rows of `grape sft`: the last revisions, and what the policy said where no principle holds."""
-    return [
-        {
-            "question_id": chain.plan.question.question_id,
-            "category": chain.plan.question.category,
-            "messages": [*turns_of(chain.plan.question), {"role": "assistant", "content": chain.text}],
-            "response_id": chain.response_id,
-        }
-        for chain in chains
-        if chain.text.strip() and (chain.round or not principles(chain.plan))
-    ]

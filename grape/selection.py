@@ -13,6 +13,8 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
+ROUNDING = 1e-9  # a sum of weight x score may come out that much below what it is
+
 
 def best(reward_S: ArrayLike, group_S: Sequence[Hashable]) -> list[int]:
     """The response with the greatest reward of each group, best of N, groups in the order in which they first come."""

@@ -34,6 +34,12 @@ class Served:
         self._options = {"gpu_memory_utilization": 0.4, **config.sampling.options}
         self._engine: Engine | None = None
 
+    def close(self) -> None:
+        """Let go of the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def sample(
         self,
         prompts: Prompts,

@@ -57,13 +57,14 @@ async def train(
     sandbox: Sandbox | None = None,
     report: Report | None = None,
     name: str | None = None,
+    evaluating: bool = True,
 ) -> Trained:
     """Train a policy by GRAPE as a `run.yaml` says; ``overrides`` are `loss.clip_high=0.28` and the like.
 
     ``resume`` goes on after the last checkpoint, and ends with the weights of an uninterrupted run, on a CPU to the
     bit. What changed since then (a rubric, a prompt, a judge, the configuration) is an error unless ``allow_changes``.
     Every response, verdict, reward and step is in the log. ``report`` is called after each step. ``name`` is what a new
-    run is called there, by default the time.
+    run is called there, by default the time. Without ``evaluating`` somebody else asks what is held out.
 
     Raises `ConfigError`, before any work, for a wrong file, row or judge, and `GrapeError` where numbers are not
     finite, before they reach the weights.
@@ -94,7 +95,7 @@ async def train(
         stack.callback(collector.close)
         begun = replace(begun, material=begun.material.with_room(collector, config.questions))
         loop = Loop(begun, store, collector, learner)
-        if config.evaluate:
+        if config.evaluate and evaluating:
             loop.heldout = Heldout(config, begun.name, store, collector, begun.material, sandbox)
         begun.claim(store)
         if loop.heldout:

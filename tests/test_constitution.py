@@ -214,14 +214,18 @@ def test_a_judge_may_criticise_and_revise_between_marks_and_its_failures_leave_a
         done = run(believer(home, server.url, supervised=supervised), "feedback=null")
         asked = [user_text(body) for body in server.bodies]
     log = home / "log.duckdb"
-    revised = dict(ask(log, "select question_id, revision from revisions"))
+    revised = dict(ask(log, "select question_id, revision from revisions where revision is not null"))
+    failed = ask(
+        log, "select question_id, critique is null, response_id from revisions where revision is null order by 1"
+    )
+    assert failed == [("q3", True, None), ("q4", False, None)]
     assert revised.keys() == {"q0", "q1", "q2", "q5"}
     assert revised["q5"] == "I'm sorry, but I can't help with that."  # to decline is a response too
     assert (done.chains, done.revised) == (6, 4)
     assert "2 of 6 responses stay as they were: 1 critique: transport, 1 revision: unparsable" in caplog.text
     assert all("<<<question " in text and "<<<response " in text for text in asked)
     assert dict(ask(log, "select purpose, count(*) from judge_calls group by all")) == {"critique": 6, "revision": 5}
-    for critique, revision in ask(log, "select critique, revision from revisions"):
+    for critique, revision in ask(log, "select critique, revision from revisions where revision is not null"):
         assert critique.startswith("critique ")
         assert revision.startswith(("r", "I'm"))
     taught = [json.loads(line) for line in (home / "checkpoints/revised.jsonl").read_text().splitlines()]
@@ -305,6 +309,64 @@ def test_what_changed_since_is_told_and_another_run_needs_a_folder_of_its_own(ho
             run(path, "feedback=null", resume=True)
 
 
+@pytest.mark.slow
+def test_a_principle_may_have_a_judge_of_its_own_and_a_question_items_of_its_own(home):
+    with JudgeServer(just) as server:
+        path = believer(home, server.url, CREED.replace("weight: 3", "weight: 3\n    judge: other", 1).replace(
+            "polarity: undesirable\n    judge: default", "polarity: undesirable"), steps=2,
+            supervised={"rounds": 1, "critic": "wise", "reviser": "wise", "optimizer": {"lr": 1e-3}})  # fmt: skip
+        rows = [json.loads(line) for line in (home / "questions.jsonl").read_text().splitlines()]
+        rows[0]["items"] = [{"id": "own", "criterion": "Is odd.", "judge": "mine"}]
+        (home / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        names = ("default", "other", "wise", "mine")
+        for name in names:
+            judge = json.loads((home / "judge.yaml").read_text())
+            (home / f"{name}.yaml").write_text(json.dumps({**judge, "judge": name}))
+        judges = "judges={" + ", ".join(f"{name}: {home / name}.yaml" for name in names) + "}"
+        run(path, judges, "feedback={reward: preferences, optimizer: {lr: 0.001}}")
+        asked = dict(ask(home / "log.duckdb", "select judge, count(*) from judge_calls group by all"))
+        run(path, judges, "feedback={reward: principles}", f"checkpoint.dir={home}/second")
+    assert asked.keys() == set(names)
+    with_own = "select distinct run[-7:], item from verdicts where run like '%.policy' and item = 'own'"
+    assert ask(home / "log.duckdb", with_own) == [(".policy", "own")]
+
+
+@pytest.mark.slow
+def test_a_revision_too_long_for_the_policy_is_left_out_of_what_is_taught(home, caplog):
+    def long(body, number):
+        text = user_text(body)
+        return (
+            "word " * 2000 if "Write 3." in text and ("Make it" in text or "Lower its" in text) else just(body, number)
+        )
+
+    supervised = {"rounds": 1, "critic": "default", "reviser": "default", "optimizer": {"lr": 1e-3}}
+    with JudgeServer(long) as server, caplog.at_level(logging.WARNING):
+        done = run(believer(home, server.url, supervised=supervised), "feedback=null")
+    assert done.revised == 6
+    assert "tokens; there is room for 512" in caplog.text
+
+
+@pytest.mark.slow
+def test_responses_are_taught_under_the_prompt_that_they_were_drawn_under_and_none_that_was_cut(home):
+    generate = home / "prompts/generate/calm.jinja"
+    generate.parent.mkdir(parents=True)
+    generate.write_text("Be calm.")
+    with JudgeServer(just) as server:
+        supervised = {"rounds": 1, "critic": "default", "reviser": "default", "helpful": 1, "optimizer": {"lr": 1e-3}}
+        path = believer(home, server.url, supervised=supervised, truncation={"how": "mask"})
+        (home / "rubrics/letters.yaml").write_text(
+            CREED.replace("category: letters", "category: letters\ngenerate: calm")
+        )
+        run(path, "feedback=null")
+    rows = [json.loads(line) for line in (home / "checkpoints/revised.jsonl").read_text().splitlines()]
+    cut = {
+        name for (name,) in ask(home / "log.duckdb", "select response_id from responses where finish_reason = 'length'")
+    }
+    assert {row["messages"][0]["content"] for row in rows if row["category"] == "letters"} == {"Be calm."}
+    assert not cut & {row["response_id"] for row in rows}
+    assert any(name.startswith(("q6", "q7")) for name in cut)  # a random policy seldom stops of itself
+
+
 def rubric(**item: object):
     items = yaml.safe_load(CREED)["items"]
     return parse_rubric(
@@ -332,6 +394,15 @@ def test_a_principle_within_a_group_cannot_be_folded():
     inner = {"id": "calm", "criterion": "Is calm.", "judge": "default", "principle": {"critique": "a", "revision": "b"}}
     with pytest.raises(ConfigError, match=r"creed.yaml: item 'manner' has principles within it"):
         folded(rubric(id="manner", items=[inner]), {"judge": "default"})
+
+
+def test_a_principle_with_a_gate_cannot_be_folded_and_ids_within_groups_are_taken():
+    gated = {"id": "calm", "criterion": "Is calm.", "judge": "default", "gate": {"at_least": 0.5}}
+    with pytest.raises(ConfigError, match=r"creed.yaml: item 'calm' is a principle with a gate"):
+        folded(rubric(**gated, principle={"critique": "a", "revision": "b"}), {"judge": "default"})
+    inner = {"id": "constitution", "criterion": "Is calm.", "judge": "default"}
+    made = folded(rubric(id="manner", items=[inner]), {"judge": "default"}, ["constitution-2"])
+    assert [item["id"] for item in made["items"]] == ["short", "manner", "constitution-3"]
 
 
 def test_a_principle_belongs_to_a_leaf_and_has_both_texts():
@@ -379,6 +450,7 @@ def test_which_principle_is_drawn_depends_on_the_seed_alone_and_each_is_as_likel
      
      ({"checkpoint": None}, "checkpoint: Field required"),
      ({"policy": {"lora": {}}}, "feedback.policy: with policy.lora it is needed"),
+     ({"feedback": {"policy": {"model": "m", "shard": True}}}, "feedback.policy.shard: is for grape train"),
      ({"supervised": {"round": 2}}, "supervised.round: Extra inputs are not permitted")],
 )  # fmt: skip
 def test_what_the_file_cannot_say_is_one_line(tmp_path, sections, message):
@@ -398,6 +470,9 @@ def test_a_run_without_any_phase_is_refused(tmp_path):
     [(PLAIN.replace("plain", "letters"), {}, "no item has a principle that holds for a question of"),
      (CREED.replace("weight: 2\n    judge: default", "check: exact"), {}, "no judge is asked about the principle 'pleasant'"),
      (CREED, {"supervised": {"critic": "nobody"}}, "the run: no judge named 'nobody'"),
+     (CREED, {"supervised": {"mix": {"path": "nothing.jsonl"}}}, "nothing.jsonl: No such file"),
+     (CREED, {"feedback": {"policy": {"model": "./nothing"}}}, "feedback.policy.model: ./nothing: no such folder"),
+     (CREED, {"sampling": {"questions": 9}}, "sampling.questions"),
      (CREED.replace("weight: 3", "applies_when: {has: nothing}").replace("weight: 2\n    judge: default", "check: exact"),
       {"feedback": {"reward": "judge"}}, "feedback.judge: is needed: the principles have None")],
 )  # fmt: skip

@@ -166,6 +166,7 @@ def test_grape_train_leaves_out_questions_that_evaluate_asks(tmp_path, caplog):
     assert names("evaluate.overlap=allow") == everything
 
 
+@pytest.mark.slow
 def test_grape_export_leaves_out_what_overlaps_a_file_and_counts_it(tmp_path):
     with Log(tmp_path / "log.duckdb") as log:
         key = {"run": "r", "category": "c"}

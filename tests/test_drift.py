@@ -160,6 +160,7 @@ def test_a_kl_that_is_only_measured_is_logged_and_moves_no_weight(tmp_path):
     assert drift(tmp_path / "log.duckdb", without.run).steps[2].kl is None
 
 
+@pytest.mark.slow
 def test_the_command_draws_and_gives_json(path, tmp_path):
     plot = tmp_path / "plot.png"
     done = CliRunner().invoke(cli, ["report", "--log", str(path), "--plot", str(plot), "--json"])

@@ -38,6 +38,7 @@ LAYERS = [
     {"groups", "material", "checkpoint", "teacher", "course"},
     {"heldout", "learner", "principles"},
     {"training", "tuning", "revision", "feedback"},
+    {"sft_phase", "rl_phase"},
     {"best_of", "constitution"},
     {"cases", "tour"},
     {"cli"},
@@ -47,7 +48,7 @@ TENSOR = {"adapters", "cache", "kl", "logprobs", "loss", "member", "modes", "obj
 TENSOR |= {"head", "linear_head", "optimize", "policy", "reference", "rollout", "value"}
 TENSOR |= {"collect", "metrics", "step", "groups", "material", "checkpoint", "heldout", "training"}
 TENSOR |= {"best_of", "classifier", "examples", "tasks", "teacher", "course", "tuning"}
-TENSOR |= {"principles", "revision", "feedback", "constitution"}
+TENSOR |= {"principles", "revision", "feedback", "sft_phase", "rl_phase", "constitution"}
 TENSOR |= {"descent", "engine", "served", "ranks", "sampler", "learner", "attention", "packing", "shards"}
 RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 

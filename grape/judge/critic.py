@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 Messages = tuple[Message, ...]
 Mark = Callable[[str, str], str]  # what a text is called, and the text: the text between its marks
-
 # Failures that another model may not share; a dead server or an exhausted budget is not among them.
 MODEL_DEPENDENT = {Outcome.UNPARSABLE, Outcome.REFUSED, Outcome.OUT_OF_RANGE, Outcome.TIMEOUT}
 
@@ -99,15 +98,12 @@ class Critic:
         """
         if not self.judge.together:
             return list(await asyncio.gather(*(self.verdict(question, response, item) for item in items)))
-        calls = [self._asked_alone(question, response, item) for item in items if item.critique]
-        for reference in (False, True):
-            if few := [item for item in items if not item.critique and item.reference is reference]:
-                calls.append(self._asked_together(question, response, few))
-        found = {verdict.item: verdict for some in await asyncio.gather(*calls) for verdict in some}
+        alone = [self.verdict(question, response, item) for item in items if item.critique]
+        rest = [[one for one in items if not one.critique and one.reference is seen] for seen in (False, True)]
+        calls = [self._asked_together(question, response, few) for few in rest if few]
+        told, *together = await asyncio.gather(asyncio.gather(*alone), *calls)
+        found = {verdict.item: verdict for some in (told, *together) for verdict in some}
         return [found[item.id] for item in items]
-
-    async def _asked_alone(self, question: Question, response: Response, item: Item) -> list[Verdict]:
-        return [await self.verdict(question, response, item)]
 
     async def _alone_after(self, first: Verdict, question: Question, response: Response, item: Item) -> Verdict:
         """The verdict on an item about which a reply on all of them could not be read, with what that call took."""
@@ -172,13 +168,16 @@ class Critic:
     async def prose(
         self, purpose: Purpose, question: Question, response: Response, item: Item, messages: Callable[[Mark], Messages]
     ) -> str:
-        """A critique of a response by an item, or a revision of it, in words alone; `JudgeError` where there is none.
-
-        ``messages`` are made with what puts this judge's marks around a text.
-        """
-        trail = Trail(question, response, item)
+        """A critique or a revision of a response, in words alone; `JudgeError` where there is none. ``messages`` are
+        made with this judge's marks."""
+        trail, parse = Trail(question, response, item), parse_prose if purpose == "critique" else parse_revision
         call = self._call(purpose, trail, messages(self._wording.mark) if self._client.shown else ())
-        return await self._ask(call, trail, _words(parse_prose if purpose == "critique" else parse_revision))
+        try:
+            return await self._ask(call, trail, _words(parse))
+        except JudgeError as error:
+            if isinstance(self.fallback, Critic) and error.outcome in MODEL_DEPENDENT:
+                return await self.fallback.prose(purpose, question, response, item, messages)
+            raise
 
     def _given(self, trail: Trail, reply: Reply | JudgeError) -> Verdict:
         """What the judge gave, as a verdict that is not calibrated."""
@@ -206,8 +205,8 @@ class Critic:
             return await self._ask(call, trail, read)
         except JudgeError as error:
             first = error
-        said, scale = trail.calls[call.key].reply or "", trail.item.scale.describe()
-        more = self._wording.repair(said, str(first), scale) if shown else ()
+        asked = (trail.calls[call.key].reply or "", str(first), trail.item.scale.describe())
+        more = self._wording.repair(*asked) if shown else ()
         repair = self._call("repair", trail, (*call.messages, *more))
         if first.outcome is not Outcome.UNPARSABLE or not self._client.repairs(repair):
             raise first
