@@ -332,6 +332,27 @@ def test_a_principle_may_have_a_judge_of_its_own_and_a_question_items_of_its_own
 
 
 @pytest.mark.slow
+def test_where_a_critic_cannot_be_read_its_fallback_criticises(home):
+    def mute(body, number):
+        return "" if body["model"] == "mute" else just(body, number)
+
+    supervised = {"rounds": 1, "critic": "first", "reviser": "default", "optimizer": {"lr": 1e-3}}
+    with JudgeServer(mute) as server:
+        path = believer(home, server.url, supervised=supervised)
+        judge = json.loads((home / "judge.yaml").read_text())
+        (home / "first.yaml").write_text(json.dumps({**judge, "judge": "first", "model": "mute", "fallback": "second"}))
+        (home / "second.yaml").write_text(json.dumps({**judge, "judge": "second"}))
+        files = {"default": "judge", "first": "first", "second": "second"}
+        judges = ", ".join(f"{name}: {home / file}.yaml" for name, file in files.items())
+        done = run(path, "feedback=null", f"judges={{{judges}}}")
+    assert done.revised == 6
+    calls = "select judge, purpose, count(*) from judge_calls group by all order by all"
+    assert ask(home / "log.duckdb", calls) == [
+        ("default", "revision", 6), ("first", "critique", 6), ("second", "critique", 6),
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
 def test_a_revision_too_long_for_the_policy_is_left_out_of_what_is_taught(home, caplog):
     def long(body, number):
         text = user_text(body)
