@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -19,7 +20,6 @@ from grape.recipes import RewardModelRun, load_recipe
 from grape.tuning import tune
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARED = ROOT.parent / "shared/data/hh_harmless_base_test.jsonl.gz"
 
 
 def _script(path):
@@ -47,9 +47,9 @@ def lesson(prompt, chosen, rejected):
     )
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="the file that the example's is a copy of is not here")
 def test_the_example_has_the_real_file_unchanged():
-    assert hh.DATA.read_bytes() == SHARED.read_bytes()
+    digest = "ebfaaed21162a4de120ae85366075b34425e2a6303fac59b99555002f7016f03"
+    assert hashlib.sha256(hh.DATA.read_bytes()).hexdigest() == digest
 
 
 def test_thirteen_of_the_rows_are_broken_and_named(real):

@@ -25,7 +25,7 @@ from grape.lessons import Preferred, read_lessons
 from grape.recipes import ChatDataConfig, DataConfig, DpoRun, RewardModelRun, SftRun, load_recipe, parse_recipe
 from grape.tasks import Reward, Sft
 
-HH = Path(__file__).parents[2] / "shared/data/hh_harmless_base_test.jsonl.gz"
+HH = Path(__file__).parents[1] / "examples/hh/hh_harmless_base_test.jsonl.gz"
 PAIR = {"question": "q", "chosen": "a", "rejected": "b"}
 
 
@@ -617,7 +617,6 @@ def test_the_same_file_holds_out_the_same_and_another_order_of_ids_is_another_ru
 # The real data -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not HH.exists(), reason="the HH data are not here")
 def test_the_real_hh_file_is_read_but_for_thirteen_broken_rows():
     twice, empty, unlike = set(), set(), set()
     sides = Counter()
