@@ -117,10 +117,11 @@ def _heldout(log: Reader, run: str) -> tuple[dict[int, Scores], int]:
     for step, question_id, weighted in log.query(
         "select step, question_id, weighted from rewards where run = ? order by step, response_id", [run]
     ):
+        of_step = scores[step]  # there also where nothing has a score: the last measure is the last one
         if weighted is None:
             unscored += 1
         else:
-            scores[step][question_id].append(weighted)
+            of_step[question_id].append(weighted)
     return scores, unscored
 
 

@@ -107,6 +107,31 @@ def test_each_held_out_measure_stands_beside_the_steps_nearest_to_it(path):
     assert drift(path, "r", solved=0.5).points[2].pass_at == {1: 0.75, 2: 1.0}
 
 
+def test_a_sum_of_weights_that_is_a_last_bit_below_one_is_solved(path):
+    assert 0.7 + 0.2 + 0.1 < 1
+    with Log(path) as log:
+        log.append(rewards=[earned("r.heldout", 4, "q", "q-4-0", 0.7 + 0.2 + 0.1)])
+    assert drift(path).points[-1].pass_at == {1: 1.0}
+
+
+def test_a_last_measure_without_any_score_is_the_last_one_all_the_same(path):
+    with Log(path) as log:
+        log.append(rewards=[earned("r.heldout", 4, "q", "q-4-0", None)])
+    found = drift(path)
+    assert (found.points[-1].step, found.points[-1].heldout, found.fall) == (4, None, None)
+    assert not any(line.startswith("held out: highest") for line in shown(found))
+
+
+@pytest.mark.parametrize(("held", "said"), [({"a": 1}, "the rubrics and judges of the training"),
+                                            ({"a": 2}, "other rubrics"), ({"c": 1}, "other rubrics")])  # fmt: skip
+def test_other_rubrics_are_those_that_differ_and_not_those_of_other_categories(tmp_path, held, said):
+    rows = [run_row("r", "train", {}), run_row("r.heldout", "heldout", {})]
+    rows[0]["rubrics"], rows[1]["rubrics"] = json.dumps({"a": 1, "b": 1}), json.dumps(held)
+    with Log(tmp_path / "log.duckdb") as log:
+        log.append(runs=rows, steps=[{"run": "r", "step": 1, "metrics": "{}"}])
+    assert drift(tmp_path / "log.duckdb").judged == f"held out by {said}"
+
+
 def test_the_table_says_where_the_held_out_score_was_highest(path):
     lines = shown(drift(path))
     assert lines[0] == "run r; held out by other judges"
