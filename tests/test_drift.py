@@ -187,6 +187,7 @@ def test_a_kl_that_is_only_measured_is_logged_and_moves_no_weight(tmp_path):
 
 @pytest.mark.slow
 def test_the_command_draws_and_gives_json(path, tmp_path):
+    pytest.importorskip("matplotlib")  # the extra `plot`
     plot = tmp_path / "plot.png"
     done = CliRunner().invoke(cli, ["report", "--log", str(path), "--plot", str(plot), "--json"])
     assert done.exit_code == 0, done.output
