@@ -149,6 +149,8 @@ def test_preferences_are_soft_labels_in_both_orders_and_the_model_of_them_is_the
     texts = dict(ask(log, f"select response_id, response from responses where run = '{done.run}.feedback'"))
     pairs = ask(log, "select chosen_id, rejected_id from preferences order by step, rowid")
     assert [(row["chosen"], row["rejected"]) for row in taught] == [(texts[a], texts[b]) for a, b in pairs]
+    sha = {text: hashlib.sha256(text.encode()).digest() for text in texts.values()}
+    assert all(sha[row["chosen"]] > sha[row["rejected"]] for row in taught)  # as the judge prefers
     rubric = yaml.safe_load((folder / "checkpoints/rubrics/letters.yaml").read_text())
     assert [(item["id"], item["weight"]) for item in rubric["items"]] == [("short", 1), ("constitution", 5)]
     assert rubric["items"][1]["reward_model"] == str(done.model.folder)
