@@ -83,7 +83,9 @@ async def _spread(model: Path, rows: Sequence[Record]) -> tuple[float, float]:
     if not file.is_file():
         mean, std = await spread_of(model, rows[:SAMPLED])
         try:
-            file.write_text(json.dumps({"mean": mean, "std": std}), encoding="utf-8")
+            draft = file.with_suffix(".draft")  # whole or not at all: a kill may come here, too
+            draft.write_text(json.dumps({"mean": mean, "std": std}), encoding="utf-8")
+            draft.replace(file)
         except OSError as error:
             raise ConfigError(f"{file}: {error.strerror}") from error
     found = json.loads(read_text(file))
